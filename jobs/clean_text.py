@@ -1,0 +1,9 @@
+"""Clean raw text into a Corpus.
+
+ray job submit --working-dir . -- python -m jobs.clean_text --recipe jobs/recipes/demo.toml --root $PWD
+"""
+
+from ray_ds.cli import run_stage
+
+if __name__ == "__main__":
+    run_stage("clean")

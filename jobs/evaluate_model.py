@@ -1,0 +1,9 @@
+"""Evaluate a Checkpoint or a QuantizedModel.
+
+ray job submit --working-dir . -- python -m jobs.evaluate_model --recipe jobs/recipes/demo.toml --root $PWD
+"""
+
+from ray_ds.cli import run_stage
+
+if __name__ == "__main__":
+    run_stage("evaluate")

@@ -1,0 +1,198 @@
+"""The command `ray-ds`, and `run_stage`, which every job in `jobs/` calls."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from ray_ds import __version__
+from ray_ds.errors import USER_ERROR_EXIT_CODE, ConfigError, RayDsError, UserError
+from ray_ds.logs import log_event, setup_logging
+from ray_ds.recipe import STAGES, Recipe, Step, find_finished, load_object, load_recipe, prepare_run
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser that answers bad arguments the way bad settings are answered."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError("arguments", message, "must fit the usage", self.format_usage().strip())
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run `ray-ds` and exit: 0 done, 1 failed, 2 a user's mistake."""
+    sys.exit(_guard(lambda: _dispatch(sys.argv[1:] if arguments is None else arguments)))
+
+
+def run_stage(stage: str) -> NoReturn:
+    """Run the job of a stage with the process's arguments and exit like `main`."""
+    sys.exit(_guard(lambda: _run_stage(stage, sys.argv[1:], root=None)))
+
+
+def run_all() -> NoReturn:
+    """Run every unfinished step of a recipe in one job, in order, and exit like `main`."""
+    sys.exit(_guard(_run_all))
+
+
+def _run_all() -> int:
+    parser = _Parser(prog="python -m jobs.run_recipe")
+    parser.add_argument("--recipe", required=True)
+    parser.add_argument("--root", help="absolute folder that relative paths in the recipe are below")
+    options, overrides = parser.parse_known_args()
+    recipe = load_recipe(options.recipe, overrides=overrides, root=options.root)
+    for step in recipe.steps:
+        run_step(recipe, step)
+    return 0
+
+
+def _guard(action: Callable[[], int]) -> int:
+    """Return an action's exit status, with the project's own errors printed in one line each."""
+    setup_logging()
+    try:
+        return action()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return USER_ERROR_EXIT_CODE
+    except RayDsError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="ray-ds", description="From raw text to a served language model on a Ray cluster.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+    run = commands.add_parser("run", help="submit the steps in order; skip what is finished")
+    submit = commands.add_parser("submit", help="submit one step as a Ray job and follow its log")
+    submit.add_argument("step", help="a step's name, or its stage's")
+    status = commands.add_parser("status", help="show the steps and which are finished")
+    show = commands.add_parser("show", help="show every setting, its value and where that came from")
+    for stage in STAGES:
+        one = commands.add_parser(stage.name, help=f"run the stage here: {stage.writes} ({stage.resources})")
+        one.add_argument("--step", help="which step, where several run this stage")
+        _add_recipe(one)
+    for command in (run, submit, status, show):
+        _add_recipe(command)
+    trace = commands.add_parser("trace", help="show what an artefact was made from")
+    trace.add_argument("artefact", help="its folder")
+    generate = commands.add_parser("generate", help="ask the served model")
+    generate.add_argument("prompt")
+    generate.add_argument(
+        "--url", default="http://127.0.0.1:8000", help="address of the endpoint (default %(default)s)"
+    )
+    generate.add_argument("--max-tokens", type=int, default=64, help="tokens to generate (default %(default)s)")
+    generate.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
+    generate.add_argument("--seed", type=int, default=0, help="of the sampling (default %(default)s)")
+    sample = commands.add_parser("sample-text", help="write real text from installed packages as jsonl.gz")
+    sample.add_argument("folder")
+    return parser
+
+
+def _add_recipe(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", metavar="RECIPE", help="a TOML file; then overrides like --train.steps=100")
+    parser.add_argument("--root", help="folder that relative paths in the recipe are below (default: this one)")
+
+
+def _dispatch(arguments: Sequence[str]) -> int:
+    options, rest = _parser().parse_known_args(arguments)
+    if options.command not in ("trace", "generate", "sample-text"):
+        options.root = str(Path(options.root or os.getcwd()).resolve())
+    elif rest:
+        raise ConfigError("arguments", rest[0], "must fit the usage", f"see ray-ds {options.command} --help")
+    if options.command in {stage.name for stage in STAGES}:
+        step = ["--step", options.step] if options.step else []
+        return _run_stage(options.command, ["--recipe", options.recipe, *step, *rest], root=options.root)
+    handler: Callable[[argparse.Namespace, Sequence[str]], int] = _COMMANDS[options.command]
+    return handler(options, rest)
+
+
+def _run_stage(stage: str, arguments: Sequence[str], root: str | None) -> int:
+    parser = _Parser(prog=f"python -m jobs.{next(row.job for row in STAGES if row.name == stage)}")
+    parser.add_argument("--recipe", required=True)
+    parser.add_argument("--root", default=root, help="absolute folder that relative paths in the recipe are below")
+    parser.add_argument("--step")
+    options, overrides = parser.parse_known_args(arguments)
+    recipe = load_recipe(options.recipe, overrides=overrides, root=options.root)
+    step = recipe.step(options.step) if options.step else recipe.step_of_stage(stage)
+    if step.stage.name != stage:
+        raise ConfigError("--step", step.name, f"must be a step of stage {stage}", "run the job of its own stage")
+    run_step(recipe, step)
+    return 0
+
+
+def run_step(recipe: Recipe, step: Step) -> None:
+    """Run one step in this process, which becomes the driver; a finished one is left alone."""
+    if (finished := find_finished(recipe, step)) is not None:
+        log_event("skipped", step=step.name, reason="finished", uri=finished.uri)
+        return
+    run = prepare_run(recipe, step)
+    stage: Callable[[Any, Any], Any] = load_object(step.stage.function)
+    load_object("ray_ds.on_ray.session:connect")()
+    log_event("started", step=step.name, uri=run.uri)
+    artifact = stage(step.settings, run)
+    log_event("finished", step=step.name, uri=artifact.uri, seconds=artifact.manifest.seconds)
+
+
+def _load(options: argparse.Namespace, overrides: Sequence[str]) -> Recipe:
+    return load_recipe(options.recipe, overrides=overrides, root=options.root)
+
+
+def _run_command(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    run_recipe: Callable[[Recipe, str, Sequence[str]], int] = load_object("ray_ds.pipeline:run_recipe")
+    return run_recipe(_load(options, overrides), options.root, overrides)
+
+
+def _submit_command(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    recipe = _load(options, overrides)
+    named = [step for step in recipe.steps if step.name == options.step]
+    step = named[0] if named else recipe.step_of_stage(options.step)
+    submit: Callable[[Recipe, Step, str, Sequence[str]], int] = load_object("ray_ds.pipeline:submit_and_follow")
+    return submit(recipe, step, options.root, overrides)
+
+
+def _print_lines(lines: Sequence[str]) -> int:
+    print("\n".join(lines))
+    return 0
+
+
+def _status_command(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    return _print_lines(load_object("ray_ds.report:status_lines")(_load(options, overrides)))
+
+
+def _show_command(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    return _print_lines(load_object("ray_ds.report:settings_lines")(_load(options, overrides)))
+
+
+def _trace_command(options: argparse.Namespace, _: Sequence[str]) -> int:
+    return _print_lines(load_object("ray_ds.report:trace_lines")(str(options.artefact)))
+
+
+def _generate_command(options: argparse.Namespace, _: Sequence[str]) -> int:
+    answer = load_object("ray_ds.serve.client:generate")(
+        options.url,
+        options.prompt,
+        max_tokens=options.max_tokens,
+        temperature=options.temperature,
+        seed=options.seed,
+        api_key=os.environ.get("RAY_DS_API_KEY"),
+    )
+    return _print_lines([answer])
+
+
+def _sample_text_command(options: argparse.Namespace, _: Sequence[str]) -> int:
+    load_object("ray_ds.data.sample_text:write_sample_text")(Path(options.folder))
+    return 0
+
+
+_COMMANDS: dict[str, Callable[[argparse.Namespace, Sequence[str]], int]] = {
+    "run": _run_command,
+    "submit": _submit_command,
+    "status": _status_command,
+    "show": _show_command,
+    "trace": _trace_command,
+    "generate": _generate_command,
+    "sample-text": _sample_text_command,
+}

@@ -1,0 +1,81 @@
+"""Settings of the serve stage."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from ray_ds.config.settings import OUTPUT_UNCHANGED, settings
+from ray_ds.errors import ConfigError
+
+
+@settings
+class AutoscalingSettings:
+    """How many replicas answer."""
+
+    min_replicas: Annotated[int, Field(ge=1)] = 1
+    """Replicas that are always there."""
+    max_replicas: Annotated[int, Field(ge=1)] = 2
+    """Replicas there may be under load; no more than the cluster has room for ever start."""
+    target_ongoing_requests: Annotated[float, Field(gt=0)] = 4.0
+    """Requests a replica should have at a time: with more on average one is added, with fewer one is taken away."""
+    upscale_delay_s: Annotated[float, Field(ge=0)] = 5.0
+    """Seconds of too much load before a replica is added."""
+    downscale_delay_s: Annotated[float, Field(ge=0)] = 60.0
+    """Seconds of too little load before a replica is taken away."""
+
+    def __post_init__(self) -> None:
+        """Refuse ranges without a number in them, and rules that would never be used."""
+        if self.max_replicas < self.min_replicas:
+            allowed = f"must be at least min_replicas ({self.min_replicas})"
+            raise ConfigError("max_replicas", self.max_replicas, allowed, "raise it")
+        if self.max_replicas == self.min_replicas:
+            for name in ("target_ongoing_requests", "upscale_delay_s", "downscale_delay_s"):
+                if getattr(self, name) != getattr(type(self), name):
+                    allowed = f"has no effect while min_replicas = max_replicas = {self.min_replicas}"
+                    raise ConfigError(name, getattr(self, name), allowed, "remove it or raise max_replicas")
+
+
+@settings
+class ServeSettings:
+    """How a model is served."""
+
+    model_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]*$")] = "ray-ds"
+    """The model's name in the API."""
+    app_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")] = "ray-ds"
+    """Name of the Serve application. Deploying again under the same name replaces the model."""
+    route_prefix: Annotated[str, Field(pattern=r"^/([A-Za-z0-9_-]+(/[A-Za-z0-9_-]+)*)?$")] = "/"
+    """Path below which the endpoint answers; applications of one cluster need different ones."""
+    host: str = "127.0.0.1"
+    """Address the HTTP proxy listens on, on the head node; 0.0.0.0 = all of them, for which an API key is a must."""
+    port: Annotated[int, Field(ge=1, le=65535)] = 8000
+    """Port of the HTTP proxy, one for all applications of a cluster."""
+    api_key_env: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")] | None = None
+    """Environment variable that holds the API key, read by the job; None = open to all who reach the port."""
+    max_model_len: Annotated[int, Field(ge=2)] | None = None
+    """Most tokens of prompt and answer together; None = as many as the model was made for."""
+    max_running_requests: Annotated[int, Field(ge=1)] = 8
+    """Answers a replica writes at the same time; each reserves the cache of `max_model_len` tokens."""
+    max_queued_requests: Annotated[int, Field(ge=0)] = 64
+    """Requests that may wait at a replica; more are refused with 429."""
+    max_body_bytes: Annotated[int, Field(ge=1024)] = 1_000_000
+    """Longest body of a request."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Type of the weights that are not INT8, of the activations between layers and of the cache."""
+    cpus_per_replica: Annotated[int, Field(ge=1)] = 1
+    """CPUs a replica reserves, and the threads it computes with."""
+    gpus_per_replica: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """GPU a replica reserves, or a part of one; 0 = it computes on the CPU."""
+    autoscaling: AutoscalingSettings = AutoscalingSettings()
+    """How many replicas answer."""
+    drain_timeout_s: Annotated[float, Field(gt=0)] = 30.0
+    """Seconds a replica that is to go has for finishing its answers."""
+    deploy_timeout_s: Annotated[float, OUTPUT_UNCHANGED, Field(gt=0)] = 300.0
+    """Seconds until the endpoint must answer."""
+    question: Annotated[str, OUTPUT_UNCHANGED] = "In the beginning"
+    """What the endpoint is asked before it counts as served."""
+
+    def __post_init__(self) -> None:
+        """Refuse an endpoint that is open to the network without a key."""
+        if self.host not in ("127.0.0.1", "localhost", "::1") and self.api_key_env is None:
+            allowed = "must be 127.0.0.1 while there is no api_key_env: anyone on the network could use the model"
+            raise ConfigError("host", self.host, allowed, "set api_key_env, or listen on 127.0.0.1")

@@ -1,0 +1,1 @@
+"""The mathematics of the data stages, without Ray: readers, cleaning, shards, sampling."""

@@ -1,0 +1,118 @@
+"""Count what became of every record, and prove that none was lost."""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Literal
+
+import pydantic
+
+from ray_ds.config.settings import JsonValue
+from ray_ds.errors import RayDsError
+
+Outcome = Literal["kept", "dropped", "quarantined"]
+
+SAMPLES_PER_REASON = 5
+SAMPLE_CHARS = 300
+
+
+class LostRecordsError(RayDsError):
+    """Records went in that were neither kept nor dropped nor quarantined, or came out more than once."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sample:
+    """The beginning of a dropped document, for a person to judge the rules by."""
+
+    doc_id: str
+    language: str
+    text: str
+
+
+@dataclass(kw_only=True, slots=True)
+class Counts:
+    """What became of the records of a work unit, or of many."""
+
+    num_in: int = 0
+    num_kept: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)
+    """By the first rule that was broken."""
+    broken: dict[str, int] = field(default_factory=dict)
+    """By every rule that was broken; a document may count several times."""
+    quarantined: dict[str, int] = field(default_factory=dict)
+    """By the kind of damage."""
+    languages: dict[str, dict[str, int]] = field(default_factory=dict)
+    """Language -> kept or a reason -> documents."""
+    masked: dict[str, int] = field(default_factory=dict)
+    """Addresses masked in kept documents, by kind."""
+    samples: dict[str, list[Sample]] = field(default_factory=dict)
+    """The first dropped documents of each reason."""
+
+    @property
+    def num_dropped(self) -> int:
+        """Return the number of dropped documents."""
+        return sum(self.dropped.values())
+
+    @property
+    def num_quarantined(self) -> int:
+        """Return the number of damaged records."""
+        return sum(self.quarantined.values())
+
+    def drop(self, reason: str, sample: Sample) -> None:
+        """Count a dropped document."""
+        _add(self.dropped, {reason: 1})
+        samples = self.samples.setdefault(reason, [])
+        if len(samples) < SAMPLES_PER_REASON:
+            samples.append(sample)
+
+    def check(self, where: str) -> None:
+        """Check that in = kept + dropped by reason + quarantined, in all and by language.
+
+        Raises:
+            LostRecordsError: it is not so.
+        """
+        num_out = self.num_kept + self.num_dropped + self.num_quarantined
+        num_by_language = sum(sum(outcomes.values()) for outcomes in self.languages.values()) + self.num_quarantined
+        if self.num_in != num_out or self.num_in != num_by_language:
+            raise LostRecordsError(
+                f"{where}: {self.num_in} records in, but {self.num_kept} kept + {self.num_dropped} dropped + "
+                f"{self.num_quarantined} quarantined = {num_out} (by language {num_by_language})"
+            )
+
+
+_ADAPTER = pydantic.TypeAdapter(Counts)
+
+
+def counts_to_json(counts: Counts) -> JsonValue:
+    """Return counts as JSON values."""
+    encoded: JsonValue = _ADAPTER.dump_python(counts, mode="json")
+    return encoded
+
+
+def counts_from_json(value: JsonValue) -> Counts:
+    """Return what `counts_to_json` was given."""
+    return _ADAPTER.validate_python(value)
+
+
+def merge_counts(parts: Iterable[Counts]) -> Counts:
+    """Return the sum of counts; samples are the first of each reason, in order of parts."""
+    total = Counts()
+    for part in parts:
+        total.num_in += part.num_in
+        total.num_kept += part.num_kept
+        _add(total.dropped, part.dropped)
+        _add(total.broken, part.broken)
+        _add(total.quarantined, part.quarantined)
+        _add(total.masked, part.masked)
+        for language, outcomes in part.languages.items():
+            _add(total.languages.setdefault(language, {}), outcomes)
+        for reason, samples in part.samples.items():
+            held = total.samples.setdefault(reason, [])
+            held += samples[: SAMPLES_PER_REASON - len(held)]
+    return total
+
+
+def _add(total: dict[str, int], part: dict[str, int]) -> None:
+    summed = Counter(total)
+    summed.update(part)
+    total.update(sorted(summed.items()))

@@ -1,0 +1,46 @@
+"""The project's exceptions. A user's mistake always says field, value, what was allowed and what to do."""
+
+USER_ERROR_EXIT_CODE = 2
+"""Exit status of `ray-ds` and of every job for a `UserError`; any other failure exits with 1."""
+
+
+class RayDsError(Exception):
+    """The root of everything this package raises on purpose."""
+
+
+class UserError(RayDsError):
+    """A mistake the user can mend, found before work starts or where the damage lies.
+
+    Args:
+        field: what is wrong: a dotted setting (`pretrain.batch_tokens`), a file, a command-line option.
+        value: what it holds.
+        allowed: a clause that starts with a verb: "must be a multiple of 8192".
+        action: what to do, in the imperative: "try 507904".
+    """
+
+    def __init__(self, field: str, value: object, allowed: str, action: str) -> None:
+        super().__init__(field, value, allowed, action)
+        self.field = field
+        self.value = value
+        self.allowed = allowed
+        self.action = action
+
+    def __str__(self) -> str:
+        value = self.value if isinstance(self.value, str) else repr(self.value)
+        return f"{self.field} ({value}) {self.allowed}; {self.action}."
+
+
+class ConfigError(UserError, ValueError):
+    """A setting, an option or the recipe itself is wrong. A `ValueError`, so that pydantic adds the field's path."""
+
+
+class ArtifactError(UserError):
+    """An artefact is missing, unfinished, damaged or made from something else."""
+
+
+class InputError(UserError):
+    """The user's raw data is missing, empty or damaged."""
+
+
+class ClusterError(UserError):
+    """The Ray cluster cannot run what the recipe asks for."""

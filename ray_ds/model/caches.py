@@ -1,0 +1,73 @@
+"""The cache of latents that decoding reads: one slot a sequence, one small vector a token and layer."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ray_ds.config.model import ModelConfig
+
+
+class LatentCache:
+    """Holds, for every layer and token of `num_slots` sequences, the normed latent and the turned key.
+
+    A slot is one sequence's place. Its owner prefills it, decodes it together with others and clears it; what other
+    slots do never touches it.
+    """
+
+    def __init__(
+        self, config: ModelConfig, num_slots: int, max_len: int, *, dtype: torch.dtype, device: torch.device | str
+    ) -> None:
+        """Reserve the memory, `config.cache_bytes_per_token` for each of num_slots * max_len tokens."""
+        width = config.kv_lora_rank + config.qk_rope_head_dim
+        self.latents = torch.zeros(config.num_hidden_layers, num_slots, max_len, width, dtype=dtype, device=device)
+        self.max_len = max_len
+        self.lengths = [0] * num_slots
+        """Tokens held, by slot."""
+
+    def rows(self, slots: Sequence[int], num_tokens: Sequence[int]) -> "CacheRows":
+        """Return the slots that the rows of one forward pass extend.
+
+        Args:
+            slots: row i is the sequence in `slots[i]`; no slot twice.
+            num_tokens: how many tokens row i adds. Rows that add fewer than the longest are padded at their end, with
+                any token; their outputs there mean nothing.
+        """
+        return CacheRows(self, slots, num_tokens)
+
+    def clear(self, slot: int) -> None:
+        """Forget the sequence in `slot`."""
+        self.lengths[slot] = 0
+
+
+class CacheRows:
+    """Some slots of a cache, as the rows of one forward pass."""
+
+    def __init__(self, cache: LatentCache, slots: Sequence[int], num_tokens: Sequence[int]) -> None:
+        assert len(set(slots)) == len(slots) == len(num_tokens), "each row needs a slot of its own"
+        starts = [cache.lengths[slot] for slot in slots]
+        assert max(starts) + max(num_tokens) <= cache.max_len, "the cache is too short"
+        device = cache.latents.device
+        self.cache = cache
+        self.num_tokens = dict(zip(slots, num_tokens, strict=True))
+        self.is_decode = max(num_tokens) == 1
+        """Whether each row adds one token, so that attention may read the latents as they are."""
+        self.span = max(start + new for start, new in zip(starts, num_tokens, strict=True))
+        """S: cached tokens that the longest row looks at."""
+        self.slots = torch.tensor(slots, device=device)[:, None]  # (B, 1)
+        steps = torch.arange(max(num_tokens), device=device)
+        self.positions = torch.tensor(starts, device=device)[:, None] + steps  # (B, T)
+        # Padding lies behind its row's own tokens, where no query of the row looks and later tokens overwrite it.
+        keys = torch.arange(self.span, device=device)
+        self.mask = (keys <= self.positions[:, :, None])[:, None]  # (B, 1, T, S)
+
+    def update(self, layer: int, latents: Tensor) -> Tensor:
+        """Store one layer's new vectors (B, T, R + qk_rope_head_dim); return all of the rows' so far, (B, S, ...)."""
+        held = self.cache.latents[layer]
+        held[self.slots, self.positions] = latents.to(held.dtype)
+        return held[self.slots[:, 0], : self.span]  # (B, S, R + qk_rope_head_dim)
+
+    def finish(self) -> None:
+        """Count the new tokens as held, once every layer has stored them."""
+        for slot, new in self.num_tokens.items():
+            self.cache.lengths[slot] += new

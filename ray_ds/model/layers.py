@@ -1,0 +1,37 @@
+"""The small layers that everything else is built from."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+RMS_NORM_EPS = 1e-6
+"""In every DeepSeek model, and fixed in Hugging Face for the norms of the latents."""
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm (arXiv 1910.07467), computed in fp32 whatever the type of its input."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return `x` (..., width) with a root mean square of 1, times the weight."""
+        wide = x.float()
+        normed = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + RMS_NORM_EPS)
+        return self.weight * normed.to(x.dtype)
+
+
+class MLP(nn.Module):
+    """Gated MLP (SwiGLU, arXiv 2002.05202)."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the output for each vector of `x` (..., D)."""
+        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return out

@@ -1,0 +1,49 @@
+"""Connecting a process to the Ray cluster it is meant for."""
+
+import argparse
+import os
+import sys
+import time
+
+import ray
+
+from ray_ds.errors import ClusterError
+
+NAMESPACE = "ray_ds"
+
+
+def connect() -> None:
+    """Connect this process to the running cluster; a job finds its own, a shell's is in `RAY_ADDRESS`.
+
+    Raises:
+        ClusterError: there is none, or it refuses the token.
+    """
+    if ray.is_initialized():
+        return
+    address = os.environ.get("RAY_ADDRESS", "auto")
+    try:
+        ray.init(address=address, namespace=NAMESPACE, log_to_driver=True, configure_logging=False)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise ClusterError(
+            "RAY_ADDRESS", address, f"must be a running Ray cluster ({error})", "start one with `make up`"
+        ) from error
+
+
+def wait_for_nodes(count: int, timeout_s: float) -> bool:
+    """Wait until the cluster has `count` living nodes; tell whether it came to that in time."""
+    deadline = time.monotonic() + timeout_s
+    connect()
+    while True:
+        if sum(node["Alive"] for node in ray.nodes()) >= count:
+            return True
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.2)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Wait until the cluster of RAY_ADDRESS has its nodes.")
+    parser.add_argument("--wait-for-nodes", type=int, required=True)
+    parser.add_argument("--timeout-s", type=float, default=60.0)
+    options = parser.parse_args()
+    sys.exit(0 if wait_for_nodes(options.wait_for_nodes, options.timeout_s) else 1)

@@ -1,0 +1,55 @@
+"""Running a recipe: its steps as Ray jobs in order, skipping what is finished."""
+
+import time
+from collections.abc import Sequence
+
+from ray_ds.errors import RayDsError
+from ray_ds.logs import log_event
+from ray_ds.recipe import Recipe, Step, find_finished, prepare_run, step_digest
+from ray_ds.report import summary_lines, write_summary
+from ray_ds.submit import JobRequest, check_overrides, follow_job, job_client, submit_step
+
+
+class StepFailed(RayDsError):
+    """A step's job ended without its artefact."""
+
+
+def run_recipe(recipe: Recipe, root: str, overrides: Sequence[str]) -> int:
+    """Submit every unfinished step in order, then print the summary and write it to the run directory.
+
+    Returns:
+        0, or the exit status of the first job that failed.
+    """
+    started = time.monotonic()
+    for step in recipe.steps:
+        if (finished := find_finished(recipe, step)) is not None:
+            log_event("skipped", step=step.name, reason="finished", uri=finished.uri)
+            continue
+        status = submit_and_follow(recipe, step, root, overrides)
+        if status != 0:
+            return status
+    summary = write_summary(recipe)
+    print("\n".join(summary_lines(recipe, summary)))
+    log_event("done", recipe=recipe.name, seconds=time.monotonic() - started)
+    return 0
+
+
+def submit_and_follow(recipe: Recipe, step: Step, root: str, overrides: Sequence[str]) -> int:
+    """Submit one step as a job, follow its log to the end and return its exit status.
+
+    Raises:
+        UserError: the recipe, its input or an earlier artefact is wrong; nothing was submitted.
+        StepFailed: the job ended well, but its artefact is not there.
+    """
+    prepare_run(recipe, step)
+    client = job_client()
+    request = JobRequest(recipe_path=recipe.path, root=root, overrides=check_overrides(overrides))
+    job_id = submit_step(client, step, request)
+    log_event("submitted", step=step.name, job=job_id, digest=step_digest(step))
+    status = follow_job(client, job_id)
+    if status != 0:
+        log_event("failed", step=step.name, job=job_id, exit_status=status)
+        return status
+    if find_finished(recipe, step) is None:
+        raise StepFailed(f"job {job_id} of step {step.name} ended, but its artefact is not readable here")
+    return 0

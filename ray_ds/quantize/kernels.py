@@ -1,0 +1,158 @@
+"""Integer matrix products: four roads to the same bits, and the self-test that picks one when a process starts."""
+
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ray_ds.quantize.onednn import OneDnnWeight, TwoPassWeight, is_available
+from ray_ds.quantize.scheme import INT8_MAX, MAX_IN_FEATURES, integer_sums, quantize_tokens
+
+Road = Literal["onednn", "onednn_two_pass", "cuda_int_mm", "reference"]
+"""Which kernel multiplies; the results are equal, the speeds are not."""
+
+SELF_TEST_SHAPES = ((48, 64), (5, 17), (1024, 256), (256, 688), (33, 2500))
+"""(N, K) of the weights the self-test always tries: usual, tiny and odd ones, and sums beyond 2**24."""
+SELF_TEST_TOKENS = (1, 5, 40)
+"""Batch sizes the self-test tries; kernels differ for one row, a few and many."""
+_INT_MM_MIN_TOKENS = 17
+"""`torch._int_mm` refuses fewer rows on CUDA, and widths that are no multiple of `_INT_MM_MULTIPLE`."""
+_INT_MM_MULTIPLE = 8
+
+
+class PackedWeight(Protocol):
+    """A weight laid out for one road."""
+
+    in_features: int
+    out_features: int
+
+    def quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return tokens (M, K) as this road's integers and their fp32 scales (M, 1)."""
+
+    def multiply(self, x: Tensor, token_scale: Tensor) -> Tensor:
+        """Return the product of tokens from `quantize` with the weight: fp32 (M, N)."""
+
+
+class ReferenceWeight:
+    """A weight as it is on disk, multiplied by `integer_sums`: exact everywhere, and slow."""
+
+    def __init__(self, weight: Tensor, scale: Tensor) -> None:
+        self.out_features, self.in_features = weight.shape
+        self._weight = weight
+        self._scale = scale.flatten()
+
+    def quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return tokens (M, K) as int8 and their scales (M, 1)."""
+        return quantize_tokens(x)
+
+    def multiply(self, x: Tensor, token_scale: Tensor) -> Tensor:
+        """Return the product of tokens from `quantize` with the weight: fp32 (M, N)."""
+        return integer_sums(x, self._weight).mul_(self._scale).mul_(token_scale)
+
+
+class CudaWeight:
+    """A weight for `torch._int_mm` on CUDA, with zeros up to the sizes that it takes."""
+
+    def __init__(self, weight: Tensor, scale: Tensor) -> None:
+        self.out_features, self.in_features = weight.shape
+        self._extra_inputs = -self.in_features % _INT_MM_MULTIPLE
+        extra_outputs = -self.out_features % _INT_MM_MULTIPLE
+        self._weight = F.pad(weight, (0, self._extra_inputs, 0, extra_outputs)).contiguous().T  # (K, N), column-major
+        self._scale = scale.flatten()
+
+    def quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return tokens (M, K) as int8 and their scales (M, 1)."""
+        return quantize_tokens(x)
+
+    def multiply(self, x: Tensor, token_scale: Tensor) -> Tensor:
+        """Return the product of tokens from `quantize` with the weight: fp32 (M, N)."""
+        extra_tokens = max(_INT_MM_MIN_TOKENS, x.shape[0] + -x.shape[0] % _INT_MM_MULTIPLE) - x.shape[0]
+        padded = F.pad(x, (0, self._extra_inputs, 0, extra_tokens))
+        sums = torch._int_mm(padded, self._weight)[: x.shape[0], : self.out_features]
+        return sums.float().mul_(self._scale).mul_(token_scale)
+
+
+_ROADS: Mapping[Road, type[OneDnnWeight | TwoPassWeight | CudaWeight | ReferenceWeight]] = {
+    "onednn": OneDnnWeight,
+    "onednn_two_pass": TwoPassWeight,
+    "cuda_int_mm": CudaWeight,
+    "reference": ReferenceWeight,
+}
+
+
+def pack_weight(weight: Tensor, scale: Tensor, road: Road) -> PackedWeight:
+    """Return an int8 weight (N, K) with its fp32 scales (N, 1), laid out for one road."""
+    assert weight.shape[1] <= MAX_IN_FEATURES, f"{weight.shape[1]} inputs could overflow int32"
+    return _ROADS[road](weight, scale)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SelfTest:
+    """What the self-test found: the road to take, and why the faster ones were left out."""
+
+    device: str
+    road: Road
+    rejected: Mapping[str, str]
+    """Reason by road, for the roads tried before."""
+    seconds: float
+
+
+def self_test(device: str | torch.device = "cpu", shapes: Iterable[tuple[int, int]] = SELF_TEST_SHAPES) -> SelfTest:
+    """Return the fastest road of a device whose products are bit for bit those of the reference.
+
+    Args:
+        shapes: (N, K) of the weights to try, such as all those of a model.
+    """
+    start = time.perf_counter()
+    device = torch.device(device)
+    rejected: dict[str, str] = {}
+    for road in _candidates(device):
+        reason = _find_fault(road, device, shapes)
+        if reason is None:
+            break
+        rejected[road] = reason
+    else:
+        road = "reference"
+    return SelfTest(device=str(device), road=road, rejected=rejected, seconds=time.perf_counter() - start)
+
+
+def _candidates(device: torch.device) -> tuple[Road, ...]:
+    if device.type == "cuda":
+        return ("cuda_int_mm",)
+    return ("onednn", "onednn_two_pass") if is_available() else ()
+
+
+def _find_fault(road: Road, device: torch.device, shapes: Iterable[tuple[int, int]]) -> str | None:
+    """Return where a road differs from the reference, or None."""
+    generator = torch.Generator().manual_seed(0)
+    for out_features, in_features in shapes:
+        for name, x, weight in _trials(out_features, in_features, generator):
+            scale = torch.rand((out_features, 1), generator=generator) + 0.5
+            # Rows whose largest integer is 127 and whose scale is 1 come back from `quantize` as they went in.
+            x[:, 0] = INT8_MAX
+            expected = integer_sums(x, weight) * scale.flatten()
+            try:
+                packed = pack_weight(weight.to(device), scale.to(device), road)
+                for tokens in SELF_TEST_TOKENS:
+                    values, token_scale = packed.quantize(x[:tokens].to(device, torch.float32))
+                    found = packed.multiply(values, token_scale).cpu()
+                    if not torch.equal(found, expected[:tokens]):
+                        return f"wrong sums for {name} integers, {tokens} tokens, weight {out_features} x {in_features}"
+            except RuntimeError as error:  # an operator this build or device does not have
+                return str(error).splitlines()[0]
+    return None
+
+
+def _trials(out_features: int, in_features: int, generator: torch.Generator) -> Iterable[tuple[str, Tensor, Tensor]]:
+    """Yield (name, tokens, weight) of int8: random ones, and the largest, which saturate 16 bits soonest."""
+    tokens = max(SELF_TEST_TOKENS)
+    low, high = -INT8_MAX, INT8_MAX + 1
+    x = torch.randint(low, high, (tokens, in_features), generator=generator, dtype=torch.int8)
+    weight = torch.randint(low, high, (out_features, in_features), generator=generator, dtype=torch.int8)
+    yield "random", x, weight
+    yield "largest", torch.full_like(x, INT8_MAX), torch.full_like(weight, INT8_MAX)
+    yield "largest, signs mixed", torch.full_like(x, INT8_MAX), weight.sign() * INT8_MAX

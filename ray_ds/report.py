@@ -1,0 +1,187 @@
+"""What a person sees of a recipe: status, settings, the chain behind an artefact, and the summary of a run."""
+
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any, get_type_hints
+
+from pydantic import JsonValue
+
+from ray_ds import storage
+from ray_ds.artifacts import (
+    KINDS,
+    Artifact,
+    ArtifactRef,
+    Checkpoint,
+    Corpus,
+    Endpoint,
+    EvalReport,
+    QuantizedModel,
+    TokenShards,
+    open_artifact,
+)
+from ray_ds.config.settings import digest_settings, field_docs
+from ray_ds.errors import ArtifactError, UserError
+from ray_ds.recipe import Recipe, Step, field_names, find_finished, load_object, step_uri
+
+SUMMARY = "summary.json"
+
+
+def table_lines(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return rows as lines with columns aligned on the left."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def status_lines(recipe: Recipe) -> list[str]:
+    """Return a table of the recipe's steps: whether each is finished, how long it took and where it is."""
+    rows = [("step", "stage", "state", "seconds", "artefact")]
+    for step in recipe.steps:
+        state, seconds, uri = _step_state(recipe, step)
+        rows.append((step.name, step.stage.name, state, seconds, uri))
+    return table_lines(rows)
+
+
+def _step_state(recipe: Recipe, step: Step) -> tuple[str, str, str]:
+    try:
+        uri = step_uri(recipe, step)
+        finished = find_finished(recipe, step)
+    except UserError as error:
+        return "error", "-", str(error)
+    if finished is not None:
+        return "finished", f"{finished.manifest.seconds:.1f}", uri
+    return ("begun" if storage.exists(uri) else "to do"), "-", uri
+
+
+def settings_lines(recipe: Recipe) -> list[str]:
+    """Return every field of every step with its value, where that came from, and the field's docstring."""
+    lines = [f"recipe {recipe.name} ({recipe.path}), run_dir {recipe.run_dir}"]
+    for step in recipe.steps:
+        lines += [
+            "",
+            f"[{step.name}]  stage {step.stage.name}: {' + '.join(' or '.join(g) for g in step.stage.reads)} -> {step.stage.writes}",
+        ]
+        docs = dict(_nested_docs(step.settings))
+        rows = []
+        for name, value in field_names(step.settings):
+            origin = next(
+                (where for given, where in step.given.items() if f"{name}.".startswith(f"{given}.")), "default"
+            )
+            rows.append(
+                (
+                    f"  {name}",
+                    "=",
+                    json.dumps(digest_settings(value), ensure_ascii=False),
+                    f"({origin})",
+                    docs.get(name, ""),
+                )
+            )
+        lines += table_lines(rows) if rows else []
+    return lines
+
+
+def _nested_docs(settings: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Yield (dotted field, docstring) of nested settings."""
+    hints = get_type_hints(type(settings))
+    for name, doc in field_docs(type(settings)).items():
+        yield f"{prefix}{name}", doc
+        value = getattr(settings, name)
+        if name in hints and hasattr(value, "__dataclass_fields__"):
+            yield from _nested_docs(value, f"{prefix}{name}.")
+
+
+def trace_lines(uri: str) -> list[str]:
+    """Return the chain from an artefact back to the raw files it was made from, as an indented tree.
+
+    Raises:
+        ArtifactError: an artefact of the chain is missing, damaged or was made anew from something else.
+    """
+    return list(_trace(open_artifact(uri.rstrip("/"), list(KINDS.values())), depth=0))
+
+
+def _trace(artifact: Artifact, depth: int) -> Iterator[str]:
+    indent = "  " * depth
+    manifest = artifact.manifest
+    yield f"{indent}{manifest.kind} {manifest.digest}  step {manifest.step}, ray_ds {manifest.package_version}  {artifact.uri}"
+    for ref in manifest.inputs:
+        yield from _trace(_follow(ref), depth + 1)
+    for source in manifest.sources:
+        yield f"{indent}  file {source.uri}  {source.bytes} bytes  sha256 {source.sha256[:16]}  {source.source}; {source.licence}"
+
+
+def _follow(ref: ArtifactRef) -> Artifact:
+    found = open_artifact(ref.uri, [KINDS[ref.kind]])
+    if found.manifest_sha256 != ref.manifest_sha256 and ref.kind != Endpoint.kind:
+        raise ArtifactError(
+            f"{ref.uri}/manifest.json",
+            f"sha256 {found.manifest_sha256[:12]}",
+            f"must have sha256 {ref.manifest_sha256[:12]}, as its descendant says",
+            "it was made anew since; run the recipe again",
+        )
+    return found
+
+
+def write_summary(recipe: Recipe) -> dict[str, JsonValue]:
+    """Gather the figures of a finished recipe, ask its endpoint a question, and write `summary.json`."""
+    finished = [artifact for step in recipe.steps if (artifact := find_finished(recipe, step)) is not None]
+    summary: dict[str, JsonValue] = {"recipe": recipe.name, "ray_ds": finished[-1].manifest.package_version}
+    for artifact in finished:
+        summary.update(_facts(artifact))
+    summary["step_seconds"] = {artifact.manifest.step: artifact.manifest.seconds for artifact in finished}
+    summary["artefacts"] = {artifact.manifest.step: artifact.uri for artifact in finished}
+    serving = [step for step in recipe.steps if step.stage.writes == Endpoint.kind and find_finished(recipe, step)]
+    if serving:
+        url, question = str(summary["endpoint"]), serving[-1].settings.question
+        summary["question"] = question
+        summary["answer"] = load_object("ray_ds.serve.client:generate")(url, question)
+    data = json.dumps(summary, indent=1, ensure_ascii=False).encode() + b"\n"
+    storage.write_bytes(storage.join(recipe.run_dir, SUMMARY), data)
+    return summary
+
+
+def _facts(artifact: Artifact) -> dict[str, JsonValue]:
+    """Return what one artefact adds to the summary."""
+    facts: dict[str, Any] = dict(artifact.manifest.facts)
+    match artifact:
+        case Corpus():
+            documents = facts["documents"]
+            return {"documents": {**documents, "dropped": sum(documents["dropped"].values())}}
+        case TokenShards():
+            return {"tokens": facts["tokens"]}
+        case Checkpoint():
+            return {name: facts[key] for name, key in _CHECKPOINT_FACTS.items()}
+        case EvalReport() if facts["model_kind"] == Checkpoint.kind:
+            return {
+                "validation_bits_per_byte": facts["bits_per_byte"],
+                **{f"{name}_bits_per_byte": facts[f"{name}_bits_per_byte"] for name in ("xz", "unigram", "bigram")},
+            }
+        case EvalReport():
+            return {"int8_validation_bits_per_byte": facts["bits_per_byte"]}
+        case QuantizedModel():
+            return {"int8_perplexity_ratio": facts["perplexity_ratio"], "int8_size_ratio": facts["size_ratio"]}
+        case Endpoint():
+            return {"endpoint": facts["url"]}
+    return {}
+
+
+_CHECKPOINT_FACTS = {"parameters": "parameters", "steps": "step", "tokens_per_s": "tokens_per_s"}
+
+
+def summary_lines(recipe: Recipe, summary: dict[str, JsonValue]) -> list[str]:
+    """Return the summary as a table for people."""
+    rows = []
+    for key, value in summary.items():
+        if key in ("artefacts", "recipe", "ray_ds"):
+            continue
+        if isinstance(value, dict):
+            text = ", ".join(f"{name} {_figure(item)}" for name, item in value.items())
+        else:
+            text = _figure(value)
+        rows.append((key.replace("_", " "), text))
+    rows.append(("summary", storage.join(recipe.run_dir, SUMMARY)))
+    return ["", *table_lines(rows), ""]
+
+
+def _figure(value: JsonValue) -> str:
+    if isinstance(value, float):
+        return f"{value:,.1f}" if abs(value) >= 100 else f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)

@@ -1,0 +1,49 @@
+"""What the routes share: the engine, the tokenizer, and who is being served."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from ray_ds.serve.engine import Engine
+
+
+class ServingTokenizer(Protocol):
+    """What the routes ask of a tokenizer."""
+
+    vocab_size: int
+    bos_id: int
+    eos_id: int
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of a text, without special tokens."""
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """Return the bytes one id stands for."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelCard:
+    """Which model is served; a part of what `/health` says."""
+
+    model_id: str
+    digest: str
+    """Of the Endpoint artefact: the model and the settings it is served with."""
+    model_digest: str
+    """Of the artefact that holds the model."""
+    kind: str
+    """`QuantizedModel` or `Checkpoint`."""
+    integer_path: str | None
+    """The way integer products are computed here; None for a model without any."""
+    created: int
+    """When it was loaded, in seconds since 1970."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CompletionService:
+    """One model behind the API."""
+
+    engine: Engine
+    tokenizer: ServingTokenizer
+    card: ModelCard
+    api_key_hash: str | None
+    """From `hash_api_key`; None = open to all who reach the port."""
+    max_body_bytes: int

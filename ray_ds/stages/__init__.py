@@ -1,0 +1,1 @@
+"""The stages: one file each, its main path readable from top to bottom."""

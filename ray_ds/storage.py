@@ -1,0 +1,179 @@
+"""Files on local disks and object stores, named by absolute path or URI (`/data/x`, `s3://bucket/x`, `gs://bucket/x`)."""
+
+import hashlib
+import os
+import secrets
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePosixPath
+
+from pyarrow import fs
+
+HASH_BLOCK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FileEntry:
+    """A file found below a folder."""
+
+    path: str
+    """Path relative to the folder that was listed, with forward slashes."""
+    bytes: int
+
+
+def is_remote(uri: str) -> bool:
+    """Tell whether `uri` names an object store rather than a file every node must mount."""
+    return "://" in uri and not uri.startswith("file://")
+
+
+def is_absolute(uri: str) -> bool:
+    """Tell whether `uri` means the same place in every working directory."""
+    return "://" in uri or uri.startswith("/")
+
+
+def join(uri: str, *parts: str) -> str:
+    """Return the URI of a file below a folder."""
+    return "/".join([uri.rstrip("/"), *(part.strip("/") for part in parts)])
+
+
+def filesystem(uri: str) -> tuple[fs.FileSystem, str]:
+    """Return the file system of an absolute path or URI, and the path on it.
+
+    Raises:
+        ValueError: `uri` is relative.
+    """
+    if not is_absolute(uri):
+        raise ValueError(f"{uri} is relative; storage takes absolute paths and URIs")
+    if "://" in uri:
+        system, path = fs.FileSystem.from_uri(uri)
+        return system, path
+    return fs.LocalFileSystem(), uri
+
+
+def local_path(uri: str) -> Path:
+    """Return the path of a local URI."""
+    assert not is_remote(uri), f"{uri} is not a local file"
+    return Path(uri.removeprefix("file://"))
+
+
+def exists(uri: str) -> bool:
+    """Tell whether a file or folder is there."""
+    system, path = filesystem(uri)
+    return bool(system.get_file_info(path).type != fs.FileType.NotFound)
+
+
+def read_bytes(uri: str) -> bytes:
+    """Return a whole file.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    system, path = filesystem(uri)
+    with system.open_input_stream(path, compression=None) as stream:
+        data: bytes = stream.read()
+    return data
+
+
+def write_bytes(uri: str, data: bytes) -> None:
+    """Write a whole file so that a reader sees all of it or none, also when the writer is killed."""
+    if is_remote(uri):
+        system, path = filesystem(uri)
+        with system.open_output_stream(path) as stream:
+            stream.write(data)
+        return
+    target = local_path(uri)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.{os.getpid()}.{secrets.token_hex(4)}.partial")
+    try:
+        with open(partial, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)
+    _sync_folder(target.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename in `folder` survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def list_files(folder: str) -> list[FileEntry]:
+    """Return every file below `folder`, sorted by path; an absent folder has none. Partial writes are left out."""
+    system, path = filesystem(folder)
+    found = system.get_file_info(fs.FileSelector(path, recursive=True, allow_not_found=True))
+    prefix = path.rstrip("/") + "/"
+    entries = [
+        FileEntry(path=info.path.removeprefix(prefix), bytes=info.size)
+        for info in found
+        if info.type == fs.FileType.File and not info.path.endswith(".partial")
+    ]
+    return sorted(entries, key=lambda entry: entry.path)
+
+
+def glob_files(pattern: str) -> list[str]:
+    """Return the sorted URIs of files that match an absolute pattern; `*` and `?` stay within a folder, `**` does not."""
+    wild = next((i for i, part in enumerate(pattern.split("/")) if any(c in part for c in "*?[")), None)
+    if wild is None:
+        return [pattern] if exists(pattern) else []
+    parts = pattern.split("/")
+    folder = "/".join(parts[:wild]) or "/"
+    tail = parts[wild:]
+    return [
+        join(folder, entry.path)
+        for entry in list_files(folder)
+        if _matches(list(PurePosixPath(entry.path).parts), tail)
+    ]
+
+
+def _matches(path: list[str], pattern: list[str]) -> bool:
+    if not pattern:
+        return not path
+    if pattern[0] == "**":
+        return any(_matches(path[i:], pattern[1:]) for i in range(len(path) + 1))
+    return bool(path) and fnmatchcase(path[0], pattern[0]) and _matches(path[1:], pattern[1:])
+
+
+def read_blocks(uri: str) -> Iterator[bytes]:
+    """Yield a file's bytes in blocks of `HASH_BLOCK_BYTES`."""
+    system, path = filesystem(uri)
+    with system.open_input_stream(path, compression=None) as stream:
+        while block := stream.read(HASH_BLOCK_BYTES):
+            yield block
+
+
+def sha256_file(uri: str) -> str:
+    """Return the sha256 of a file's bytes in hexadecimal."""
+    digest = hashlib.sha256()
+    for block in read_blocks(uri):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def delete_folder(folder: str) -> None:
+    """Delete a folder and what is in it; an absent one is no error."""
+    system, path = filesystem(folder)
+    if system.get_file_info(path).type == fs.FileType.Directory:
+        system.delete_dir(path)
+
+
+def download(uri: str, folder: Path) -> Path:
+    """Return a local copy of a file, made in `folder` when `uri` is on an object store."""
+    if not is_remote(uri):
+        return local_path(uri)
+    target = folder / hashlib.sha256(uri.encode()).hexdigest()[:16] / PurePosixPath(uri).name
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+        with open(partial, "wb") as file:
+            for block in read_blocks(uri):
+                file.write(block)
+        os.replace(partial, target)
+    return target

@@ -1,0 +1,156 @@
+"""Submitting a recipe's steps as Ray jobs and following their logs."""
+
+import asyncio
+import os
+import secrets
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ray.job_submission import JobStatus, JobSubmissionClient
+from tqdm import tqdm
+
+from ray_ds.errors import ClusterError, ConfigError
+from ray_ds.logs import parse_progress
+from ray_ds.recipe import Step
+
+POLL_S = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobRequest:
+    """What identifies a step to its job."""
+
+    recipe_path: str
+    root: str
+    overrides: tuple[str, ...]
+
+
+def job_client() -> Any:
+    """Return a client of the cluster's job server, whose address is in `RAY_API_SERVER_ADDRESS` or `RAY_ADDRESS`.
+
+    Raises:
+        ClusterError: there is no cluster, or it refuses the token.
+    """
+    address = os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS")
+    try:
+        return JobSubmissionClient(address)
+    except (ConnectionError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ClusterError(
+            "RAY_API_SERVER_ADDRESS",
+            address or "unset",
+            f"must be a Ray dashboard ({reason})",
+            "start a cluster with `make up`",
+        ) from error
+
+
+def job_command(step: Step, request: JobRequest) -> list[str]:
+    """Return the command a step's job runs, `python -m jobs.clean_text --recipe ...`."""
+    command = ["python", "-m", f"jobs.{step.stage.job}", "--recipe", request.recipe_path, "--root", request.root]
+    return [*command, "--step", step.name, *request.overrides]
+
+
+def submit_step(client: Any, step: Step, request: JobRequest) -> str:
+    """Submit a step as a job whose working directory is this one, and return the job's id.
+
+    Raises:
+        ConfigError: the recipe is not below the working directory, or that holds no `jobs/`.
+    """
+    here = Path.cwd()
+    if not (here / "jobs" / f"{step.stage.job}.py").is_file():
+        raise ConfigError(
+            "working directory", str(here), "must hold jobs/, which is shipped to the cluster", "cd there"
+        )
+    if not Path(request.recipe_path).resolve().is_relative_to(here / "jobs"):
+        raise ConfigError(
+            "recipe", request.recipe_path, "must lie below jobs/, which is shipped to the cluster", "move it"
+        )
+    recipe = Path(request.recipe_path).resolve().relative_to(here).as_posix()
+    quoted = job_command(step, JobRequest(recipe_path=recipe, root=request.root, overrides=request.overrides))
+    submission_id = f"{step.name}-{secrets.token_hex(4)}"
+    job_id: str = client.submit_job(
+        entrypoint=" ".join(_quote(part) for part in quoted),
+        submission_id=submission_id,
+        runtime_env={"working_dir": str(here)},
+        metadata={"step": step.name, "stage": step.stage.name},
+    )
+    return job_id
+
+
+def _quote(part: str) -> str:
+    return part if all(c.isalnum() or c in "-_./=:," for c in part) else "'" + part.replace("'", "'\"'\"'") + "'"
+
+
+def follow_job(client: Any, job_id: str) -> int:
+    """Print a job's log until it ends, progress as a bar where this is a terminal; return its exit status."""
+    try:
+        asyncio.run(_print_log(client, job_id))
+    except KeyboardInterrupt:
+        print(f"\nstopped following; the job goes on: ray job logs -f {job_id}; ray job stop {job_id}")
+        raise
+    return asyncio.run(_exit_status(client, job_id))
+
+
+async def _print_log(client: Any, job_id: str) -> None:
+    printer = _LogPrinter(sys.stdout.isatty())
+    async for text in client.tail_job_logs(job_id):
+        printer.feed(text)
+    printer.close()
+
+
+async def _exit_status(client: Any, job_id: str) -> int:
+    """Wait for the job's final state; its driver's exit status, or 1 where it has none."""
+    while not (info := client.get_job_info(job_id)).status.is_terminal():
+        await asyncio.sleep(POLL_S)
+    if info.status == JobStatus.SUCCEEDED:
+        return 0
+    return int(info.driver_exit_code or 1)
+
+
+class _LogPrinter:
+    """Prints log text by lines; in a terminal, `progress` lines move a bar instead."""
+
+    def __init__(self, is_terminal: bool) -> None:
+        self._is_terminal = is_terminal
+        self._rest = ""
+        self._bar: Any = None
+
+    def feed(self, text: str) -> None:
+        *lines, self._rest = (self._rest + text).split("\n")
+        for line in lines:
+            self._print(line)
+
+    def close(self) -> None:
+        if self._rest:
+            self._print(self._rest)
+        if self._bar is not None:
+            self._bar.close()
+
+    def _print(self, line: str) -> None:
+        progress = parse_progress(line) if self._is_terminal else None
+        if progress is None:
+            tqdm.write(line) if self._bar is not None else print(line, flush=True)
+            return
+        step, done, total, fields = progress
+        if self._bar is None or self._bar.desc != f"{step}: ":
+            if self._bar is not None:
+                self._bar.close()
+            self._bar = tqdm(total=total, desc=step, leave=True)
+        self._bar.total = total
+        self._bar.set_postfix_str(fields, refresh=False)
+        self._bar.update(done - self._bar.n)
+
+
+def check_overrides(arguments: Sequence[str]) -> tuple[str, ...]:
+    """Return arguments that are overrides, `--step.field=value`.
+
+    Raises:
+        ConfigError: one is not.
+    """
+    for argument in arguments:
+        if not argument.startswith("--") or "=" not in argument:
+            raise ConfigError("argument", argument, "must be an override like --step.field=value", "correct it")
+    return tuple(arguments)

@@ -1,0 +1,130 @@
+"""DeepSpeed behind four verbs: forward_backward, step, save, load."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import deepspeed
+import torch
+from deepspeed.accelerator import get_accelerator
+from torch import Tensor
+
+from ray_ds.config.train import TrainSettings
+from ray_ds.model.decoder import Decoder
+from ray_ds.train.zero.build import use_built_op
+from ray_ds.train.zero.config import deepspeed_config
+from ray_ds.train.zero.optimizer import make_optimizer
+
+TAG = "deepspeed"
+"""The folder in a checkpoint that DeepSpeed writes."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepResult:
+    """What an optimizer step did."""
+
+    grad_norm: float
+    """Norm of the gradient over all weights before clipping; with Muon in ZeRO 1-3 that of the orthogonalized update."""
+    is_skipped: bool
+    """fp16 overflowed: the weights are as before and the loss scale is halved."""
+    loss_scale: float
+    """What fp16 multiplied the loss with; 1 in other types."""
+
+
+class Engine:
+    """A model with its optimizer, partitioned over the processes of the default process group."""
+
+    def __init__(self, decoder: Decoder, settings: TrainSettings, *, device: torch.device, world_size: int) -> None:
+        """Hand the model to DeepSpeed; all processes call this together, with equal weights.
+
+        Args:
+            decoder: with its first weights, in fp32 on any device; it changes place and type.
+        """
+        found = get_accelerator().device_name()
+        assert found == device.type, f"DeepSpeed took {found}: set DS_ACCELERATOR={device.type} before it is imported"
+        use_built_op()
+        deepspeed.init_distributed(dist_init_required=False)
+        self.decoder = decoder.to(device)
+        optimizer = make_optimizer(decoder.named_parameters(), settings.optimizer, is_cuda=device.type == "cuda")
+        self._peak_rates = [float(group["lr"]) for group in optimizer.param_groups]
+        self._engine, *_ = deepspeed.initialize(
+            model=decoder,
+            optimizer=optimizer,
+            config=deepspeed_config(settings, world_size),
+            dist_init_required=False,
+        )
+        # DeepSpeed averages gradients over processes; with this factor the result is the gradient of the mean loss over
+        # the step's tokens, whatever the number of processes and micro-batches.
+        self._loss_factor = world_size / settings.batch_tokens
+        self._zero_stage = settings.zero_stage
+        self._is_fp16 = settings.precision == "fp16"
+        self._has_plain_fp32_optimizer = settings.zero_stage == 0 and settings.precision == "fp32"
+        self._is_micro_batch_open = False
+        for name, buffer in decoder.named_buffers():
+            assert buffer.dtype in (torch.float32, torch.int64), f"DeepSpeed made {name} {buffer.dtype}"
+        if settings.compile:
+            self._engine.compile()
+
+    def forward_backward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """Add the gradient of a micro-batch, (B, T) each, and return its summed loss in nats, detached."""
+        if self._is_micro_batch_open:
+            self._engine.step()
+        loss: Tensor = self._engine(tokens, targets)
+        self._engine.backward(loss * self._loss_factor, scale_wrt_gas=False)
+        self._is_micro_batch_open = True
+        return loss.detach()
+
+    def step(self, lr_factor: float) -> StepResult:
+        """Update the weights from the gradients of the step's micro-batches, at `lr_factor` times the peak rates."""
+        assert self._engine.is_gradient_accumulation_boundary(), "a step has as many micro-batches as its grid gives it"
+        optimizer = self._engine.optimizer
+        for group, peak in zip(optimizer.param_groups, self._peak_rates, strict=True):
+            group["lr"] = peak * lr_factor
+        norm = self._plain_grad_norm() if self._has_plain_fp32_optimizer else None
+        loss_scale = float(optimizer.loss_scale) if self._is_fp16 else 1.0
+        self._engine.step()
+        self._is_micro_batch_open = False
+        if norm is None:
+            norm = self._engine.get_global_grad_norm()
+        return StepResult(
+            grad_norm=float(norm),
+            is_skipped=bool(getattr(optimizer, "overflow", False)),
+            loss_scale=loss_scale,
+        )
+
+    def _plain_grad_norm(self) -> Tensor:
+        """Return the norm of the averaged gradients, which torch's optimizer without ZeRO does not keep."""
+        return torch.nn.utils.get_total_norm([p.grad for p in self.decoder.parameters() if p.grad is not None])
+
+    @torch.no_grad()
+    def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """Return the summed loss in nats of rows that are not trained on; all processes call this together."""
+        self._engine.eval()
+        loss: Tensor = self._engine(tokens, targets)
+        self._engine.train()
+        return loss
+
+    def save(self, folder: Path) -> None:
+        """Write weights, masters, optimizer state and loss scale; all processes call this together."""
+        self._engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
+
+    def load(self, folder: Path) -> None:
+        """Go on from what `save` wrote with as many processes."""
+        path, _ = self._engine.load_checkpoint(str(folder), tag=TAG)
+        assert path is not None, f"DeepSpeed found no checkpoint in {folder}"
+
+    def full_state(self) -> dict[str, Tensor]:
+        """Return all weights and buffers on the CPU, in the type trained in; whole on rank 0, empty elsewhere.
+
+        All processes call this together: ZeRO-3 gathers one parameter after the other.
+        """
+        is_first = torch.distributed.get_rank() == 0
+        state: dict[str, Tensor] = {}
+        for name, parameter in self.decoder.named_parameters():
+            with deepspeed.zero.GatheredParameters([parameter], enabled=self._zero_stage == 3):
+                if is_first:
+                    state[name] = parameter.detach().cpu().clone()
+        persistent = self.decoder.state_dict().keys()
+        if is_first:
+            buffers = self.decoder.named_buffers()
+            state.update({name: buffer.cpu().clone() for name, buffer in buffers if name in persistent})
+        return state
