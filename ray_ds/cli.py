@@ -183,7 +183,7 @@ def _generate_command(options: argparse.Namespace, _: Sequence[str]) -> int:
 
 
 def _sample_text_command(options: argparse.Namespace, _: Sequence[str]) -> int:
-    load_object("ray_ds.data.sample_text:write_sample_text")(Path(options.folder))
+    load_object("ray_ds.data.sample_text:write_sample_text")(str(Path(options.folder).resolve()))
     return 0
 
 

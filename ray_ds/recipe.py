@@ -14,12 +14,14 @@ from ray_ds import storage
 from ray_ds.artifacts import (
     KINDS,
     Artifact,
+    Endpoint,
     SourceFile,
     StageRun,
     find_artifact,
     make_digest,
     open_artifact,
 )
+from ray_ds.config.paths import absolute_path
 from ray_ds.config.settings import as_json, decode_settings, digest_settings
 from ray_ds.errors import ArtifactError, ConfigError
 
@@ -225,24 +227,6 @@ def _read_toml(path: str) -> dict[str, Any]:
         raise ConfigError("recipe", path, f"must be valid TOML ({error})", "correct the file") from error
 
 
-def absolute_path(value: str, root: str | None, *, field: str) -> str:
-    """Return `value` as an absolute path or URI.
-
-    Raises:
-        ConfigError: it is relative and there is no root.
-    """
-    if storage.is_absolute(value):
-        return value
-    if root is None or not storage.is_absolute(root):
-        raise ConfigError(
-            field,
-            value,
-            "must be absolute, because a job's working directory is a copy on each node",
-            "write an absolute path or URI, or pass --root with the absolute folder it is below",
-        )
-    return storage.join(root, value.removeprefix("./"))
-
-
 def step_name(raw: Mapping[str, Any]) -> str:
     """Return a step's name, which defaults to its stage."""
     return str(raw.get("name", raw.get("stage", "")))
@@ -367,8 +351,11 @@ def step_uri(recipe: Recipe, step: Step) -> str:
 
 
 def find_finished(recipe: Recipe, step: Step) -> Artifact | None:
-    """Return a step's finished artefact, or None."""
-    return find_artifact(step_uri(recipe, step))
+    """Return a step's finished artefact, or None; an Endpoint is finished only while it answers with its digest."""
+    found = find_artifact(step_uri(recipe, step))
+    if isinstance(found, Endpoint) and not load_object("ray_ds.serve.client:is_endpoint_alive")(found.manifest.facts):
+        return None
+    return found
 
 
 def prepare_run(recipe: Recipe, step: Step) -> StageRun:

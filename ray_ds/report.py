@@ -56,26 +56,15 @@ def settings_lines(recipe: Recipe) -> list[str]:
     """Return every field of every step with its value, where that came from, and the field's docstring."""
     lines = [f"recipe {recipe.name} ({recipe.path}), run_dir {recipe.run_dir}"]
     for step in recipe.steps:
-        lines += [
-            "",
-            f"[{step.name}]  stage {step.stage.name}: {' + '.join(' or '.join(g) for g in step.stage.reads)} -> {step.stage.writes}",
-        ]
+        reads = " + ".join(" or ".join(group) for group in step.stage.reads) or "raw files"
+        lines += ["", f"[{step.name}]  stage {step.stage.name}: {reads} -> {step.stage.writes}"]
         docs = dict(_nested_docs(step.settings))
-        rows = []
         for name, value in field_names(step.settings):
-            origin = next(
-                (where for given, where in step.given.items() if f"{name}.".startswith(f"{given}.")), "default"
+            origins = (where for given, where in step.given.items() if f"{name}.".startswith(f"{given}."))
+            lines.append(
+                f"  {name} = {json.dumps(digest_settings(value), ensure_ascii=False)}  ({next(origins, 'default')})"
             )
-            rows.append(
-                (
-                    f"  {name}",
-                    "=",
-                    json.dumps(digest_settings(value), ensure_ascii=False),
-                    f"({origin})",
-                    docs.get(name, ""),
-                )
-            )
-        lines += table_lines(rows) if rows else []
+            lines.append(f"      {docs.get(name, '')}")
     return lines
 
 
@@ -101,11 +90,13 @@ def trace_lines(uri: str) -> list[str]:
 def _trace(artifact: Artifact, depth: int) -> Iterator[str]:
     indent = "  " * depth
     manifest = artifact.manifest
-    yield f"{indent}{manifest.kind} {manifest.digest}  step {manifest.step}, ray_ds {manifest.package_version}  {artifact.uri}"
+    made_by = f"step {manifest.step}, ray_ds {manifest.package_version}"
+    yield f"{indent}{manifest.kind} {manifest.digest}  {made_by}  {artifact.uri}"
     for ref in manifest.inputs:
         yield from _trace(_follow(ref), depth + 1)
     for source in manifest.sources:
-        yield f"{indent}  file {source.uri}  {source.bytes} bytes  sha256 {source.sha256[:16]}  {source.source}; {source.licence}"
+        origin = f"sha256 {source.sha256[:16]}  {source.source}; {source.licence}"
+        yield f"{indent}  file {source.uri}  {source.bytes} bytes  {origin}"
 
 
 def _follow(ref: ArtifactRef) -> Artifact:

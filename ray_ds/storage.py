@@ -119,7 +119,7 @@ def list_files(folder: str) -> list[FileEntry]:
 
 
 def glob_files(pattern: str) -> list[str]:
-    """Return the sorted URIs of files that match an absolute pattern; `*` and `?` stay within a folder, `**` does not."""
+    """Return the sorted URIs of files that match an absolute pattern; `*` stays within a folder, `**` does not."""
     wild = next((i for i, part in enumerate(pattern.split("/")) if any(c in part for c in "*?[")), None)
     if wild is None:
         return [pattern] if exists(pattern) else []

@@ -57,7 +57,9 @@ def test_a_wrong_kind_is_refused(corpus: Corpus) -> None:
 @pytest.mark.parametrize("damage", ["{", "[]", '{"kind": "Corpus"}'])
 def test_a_damaged_manifest_is_an_error(corpus: Corpus, damage: str) -> None:
     Path(corpus.uri, "manifest.json").write_text(damage)
-    with pytest.raises(ArtifactError, match=r"manifest.json \(\d+ bytes\) must be a manifest .*; restore it, or delete"):
+    with pytest.raises(
+        ArtifactError, match=r"manifest.json \(\d+ bytes\) must be a manifest .*; restore it, or delete"
+    ):
         find_artifact(corpus.uri)
 
 
@@ -70,7 +72,9 @@ def test_an_artefact_of_another_recipe_is_an_error(corpus: Corpus, tmp_path: Pat
 
 def test_a_cut_file_is_found_by_its_size(corpus: Corpus) -> None:
     Path(corpus.path("documents-0.parquet")).write_bytes(b"01234")
-    with pytest.raises(ArtifactError, match=r"documents-0.parquet \(5 bytes\) must have 10 bytes, as its manifest says"):
+    with pytest.raises(
+        ArtifactError, match=r"documents-0.parquet \(5 bytes\) must have 10 bytes, as its manifest says"
+    ):
         find_artifact(corpus.uri)
 
 

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import pydantic
 
-from ray_ds import storage
+from ray_ds.config.paths import absolute_path
 from ray_ds.config.settings import OUTPUT_UNCHANGED, settings
 from ray_ds.errors import ConfigError
 
@@ -22,11 +22,11 @@ class InputFiles:
     glob: str
     """Files to read: an absolute path or an s3:// or gs:// URI; `*` and `?` stay within a folder, `**` does not."""
     format: FileFormat = "auto"
-    """`jsonl` (also .gz and .zst), `parquet`, `txt` (also .gz and .zst; a file is one document); `auto` goes by name."""
+    """`jsonl` (also .gz and .zst), `parquet`, `txt` (also .gz and .zst; a file is a document); `auto` goes by name."""
     text_column: str = DEFAULT_TEXT_COLUMN
     """The column that holds the text."""
     id_column: str | None = None
-    """A column whose value (a string or a whole number) ends `doc_id`; without it a `doc_id` is file and position."""
+    """A column that names each document within its file (a string or a whole number); without it, its position does."""
     source: str | None = None
     """Where the documents come from, recorded with each of them."""
     source_column: str | None = None
@@ -80,9 +80,9 @@ class CleanSettings:
     exact_duplicates: bool = True
     """Drop all but the first of documents that are equal but for white space and case, over all inputs."""
     unit_bytes: Annotated[int, pydantic.Field(ge=MIN_UNIT_BYTES)] = 64 << 20
-    """Size of a work unit, which is also about the size of text in a file of the corpus. A compressed file is not cut."""
+    """Size of a work unit, and about that of the text in a file of the corpus. A compressed file is not cut."""
     max_quarantined_fraction: Annotated[float, pydantic.Field(ge=0, le=1)] = 0.001
-    """Fail when more than this share of the records is damaged; up to it, they are set aside in `quarantine.parquet`."""
+    """Fail when more than this share of the records is damaged; up to it, they are set aside in `quarantine/`."""
     max_running_units: Annotated[pydantic.PositiveInt | None, OUTPUT_UNCHANGED] = None
     """Work units in flight at a time; without it, as many as the cluster has CPUs."""
 
@@ -90,12 +90,18 @@ class CleanSettings:
         if not self.inputs:
             raise ConfigError("inputs", "empty", "must hold one table of files or more", "add `glob`, source, licence")
         if not self.languages or len(set(self.languages)) != len(self.languages):
-            raise ConfigError("languages", list(self.languages), "must be one language or more, each once", "correct it")
+            raise ConfigError(
+                "languages", list(self.languages), "must be one language or more, each once", "correct it"
+            )
 
-    def with_root(self, root: str) -> "CleanSettings":
-        """Return the same settings with relative globs below `root`."""
+    def with_root(self, root: str | None, *, where: str) -> "CleanSettings":
+        """Return the same settings with relative globs below `root`.
+
+        Raises:
+            ConfigError: a glob is relative and there is no root.
+        """
         inputs = tuple(
-            files if storage.is_absolute(files.glob) else dataclasses.replace(files, glob=storage.join(root, files.glob))
-            for files in self.inputs
+            dataclasses.replace(files, glob=absolute_path(files.glob, root, field=f"{where}.inputs.{i}.glob"))
+            for i, files in enumerate(self.inputs)
         )
         return dataclasses.replace(self, inputs=inputs)

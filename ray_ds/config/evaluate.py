@@ -14,7 +14,7 @@ class EvaluateSettings:
     seq_len: pydantic.PositiveInt
     """Tokens that the model sees at most before what it predicts; as in training."""
     precision: Literal["fp32", "bf16"] = "bf16"
-    """Type of a checkpoint's weights and activations; a quantized model brings its own."""
+    """Type of activations, and of the weights that are not INT8."""
     max_tokens: pydantic.PositiveInt | None = None
     """Tokens of the validation split to predict, in rows spread evenly over it; without it, all of them."""
     baseline_tokens: pydantic.NonNegativeInt = 20_000_000
@@ -23,7 +23,7 @@ class EvaluateSettings:
     micro_batch: Annotated[pydantic.PositiveInt, OUTPUT_UNCHANGED] = 8
     """Rows that a worker sends through the model at once."""
     device: Annotated[Literal["auto", "cpu", "cuda"], OUTPUT_UNCHANGED] = "auto"
-    """What workers compute on; auto = cuda where the cluster has GPUs. A quantized model runs on the CPU."""
+    """What workers compute on; auto = cuda where the cluster has GPUs."""
     num_workers: Annotated[pydantic.PositiveInt, OUTPUT_UNCHANGED] = 1
     """Processes that share the rows; on cuda each has one GPU."""
     cpus_per_worker: Annotated[pydantic.PositiveFloat, OUTPUT_UNCHANGED] = 1.0

@@ -1,14 +1,17 @@
-"""Settings of the stage `train`."""
+"""Settings of the train stage."""
 
+from dataclasses import field
 from typing import Annotated, Literal
 
 import pydantic
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from ray_ds.config.model import ModelSettings
 from ray_ds.config.settings import OUTPUT_UNCHANGED, settings
 from ray_ds.errors import ConfigError
 
 Precision = Literal["fp32", "bf16", "fp16"]
+Fraction = Annotated[float, pydantic.Field(ge=0, lt=1)]
 
 
 @settings
@@ -17,21 +20,14 @@ class AdamW:
 
     kind: Literal["adamw"]
     """Selects this optimizer."""
-    lr: float = 1e-3
+    lr: PositiveFloat = 1e-3
     """Peak learning rate."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
     """Decay of the running means of the gradient and of its square."""
-    eps: float = 1e-8
+    eps: PositiveFloat = 1e-8
     """Added to the root of the second mean."""
-    weight_decay: float = 0.1
+    weight_decay: NonNegativeFloat = 0.1
     """Decay of matrices, multiplied by the rate."""
-
-    def __post_init__(self) -> None:
-        """Refuse rates that train nothing."""
-        _require_positive("lr", self.lr)
-        _require_positive("eps", self.eps)
-        _require_fraction("betas", *self.betas)
-        _require_not_negative("weight_decay", self.weight_decay)
 
 
 @settings
@@ -40,27 +36,18 @@ class Muon:
 
     kind: Literal["muon"]
     """Selects this optimizer."""
-    lr: float = 0.02
+    lr: PositiveFloat = 0.02
     """Peak learning rate of matrices; an update has singular values near 1 before it is multiplied."""
-    momentum: float = 0.95
+    momentum: Fraction = 0.95
     """Decay of the running mean of the gradient (Nesterov)."""
-    weight_decay: float = 0.01
+    weight_decay: NonNegativeFloat = 0.01
     """Decay of matrices and embeddings, multiplied by their rate."""
-    adam_lr: float = 3e-3
+    adam_lr: PositiveFloat = 3e-3
     """Peak learning rate of what AdamW trains."""
-    adam_betas: tuple[float, float] = (0.9, 0.95)
+    adam_betas: tuple[Fraction, Fraction] = (0.9, 0.95)
     """Decay of AdamW's two running means."""
-    adam_eps: float = 1e-8
+    adam_eps: PositiveFloat = 1e-8
     """Added to the root of AdamW's second mean."""
-
-    def __post_init__(self) -> None:
-        """Refuse rates that train nothing."""
-        _require_positive("lr", self.lr)
-        _require_positive("adam_lr", self.adam_lr)
-        _require_positive("adam_eps", self.adam_eps)
-        _require_fraction("momentum", self.momentum)
-        _require_fraction("adam_betas", *self.adam_betas)
-        _require_not_negative("weight_decay", self.weight_decay)
 
 
 Optimizer = Annotated[AdamW | Muon, pydantic.Field(discriminator="kind")]
@@ -70,16 +57,10 @@ Optimizer = Annotated[AdamW | Muon, pydantic.Field(discriminator="kind")]
 class Schedule:
     """Linear warm-up, then a cosine down to a fraction of the peak at the last step."""
 
-    warmup_steps: int = 100
+    warmup_steps: NonNegativeInt = 100
     """Steps over which the rate rises from 0."""
-    final_lr_fraction: float = 0.1
+    final_lr_fraction: Annotated[float, pydantic.Field(ge=0, le=1)] = 0.1
     """The last step's rate, as a fraction of the peak."""
-
-    def __post_init__(self) -> None:
-        """Refuse schedules that leave the range of 0 to 1."""
-        _require_not_negative("warmup_steps", self.warmup_steps)
-        if not 0 <= self.final_lr_fraction <= 1:
-            raise ConfigError("final_lr_fraction", self.final_lr_fraction, "must be from 0 to 1", "correct it")
 
 
 @settings
@@ -92,90 +73,84 @@ class TrainSettings:
 
     model: ModelSettings
     """What is trained."""
-    seq_len: int
+    seq_len: PositiveInt
     """Tokens in a row; the model is made for this length."""
-    batch_tokens: int
+    batch_tokens: PositiveInt
     """Tokens in a step, over all workers."""
-    micro_batch: int
+    micro_batch: PositiveInt
     """Rows that a worker sends through the model at once."""
-    steps: int | None = None
+    steps: PositiveInt | None = None
     """Optimizer steps; either this or `tokens`."""
-    tokens: int | None = None
+    tokens: PositiveInt | None = None
     """Tokens to train on, rounded up to whole steps; either this or `steps`."""
     precision: Precision = "bf16"
     """Type of weights and activations; the optimizer keeps fp32 masters. fp16 scales the loss dynamically."""
     zero_stage: Literal[0, 1, 2, 3] = 1
     """What DeepSpeed partitions over workers: 1 optimizer state, 2 also gradients, 3 also weights."""
-    optimizer: Optimizer = AdamW(kind="adamw")
+    optimizer: Optimizer = field(default_factory=lambda: AdamW(kind="adamw"))
     """`kind = "adamw"` or `"muon"`, with its rates."""
-    schedule: Schedule = Schedule()
+    schedule: Schedule = field(default_factory=Schedule)
     """How the rates change over the steps."""
-    gradient_clipping: float = 1.0
+    gradient_clipping: NonNegativeFloat = 1.0
     """Largest norm of the gradient over all weights; 0 = not clipped."""
-    router_bias_speed: float = 1e-3
+    router_bias_speed: NonNegativeFloat = 1e-3
     """How much an expert's bias moves a step towards balance (arXiv 2408.15664); a model with experts uses it."""
-    seed: int = 0
+    seed: NonNegativeInt = 0
     """Of the weights at the start and of the order of the rows."""
-    window_shards: int = 4
+    window_shards: PositiveInt = 4
     """Shards whose rows are mixed: as many as a node should have at hand at a time."""
-    checkpoint_every: Annotated[int, OUTPUT_UNCHANGED] = 500
+    checkpoint_every: Annotated[PositiveInt, OUTPUT_UNCHANGED] = 500
     """Steps between checkpoints of all state."""
-    keep_checkpoints: Annotated[int, OUTPUT_UNCHANGED] = 2
+    keep_checkpoints: Annotated[PositiveInt, OUTPUT_UNCHANGED] = 2
     """Checkpoints kept; the older ones are deleted. Two survive one that is damaged."""
-    validate_every: Annotated[int, OUTPUT_UNCHANGED] = 0
+    validate_every: Annotated[NonNegativeInt, OUTPUT_UNCHANGED] = 0
     """Steps between looks at the validation loss; 0 = never."""
-    validation_tokens: Annotated[int, OUTPUT_UNCHANGED] = 65536
+    validation_tokens: Annotated[PositiveInt, OUTPUT_UNCHANGED] = 65536
     """Tokens of the validation split that such a look reads, rounded up to the workers' micro-batches."""
-    log_every: Annotated[int, OUTPUT_UNCHANGED] = 10
+    log_every: Annotated[PositiveInt, OUTPUT_UNCHANGED] = 10
     """Steps between progress lines; the metrics file has every step."""
+    recompute_activations: Annotated[bool, OUTPUT_UNCHANGED] = False
+    """Whether layers run a second time in the backward pass: far less memory for about a third more work."""
     compile: Annotated[bool, OUTPUT_UNCHANGED] = False
     """Whether torch.compile makes the model's kernels: slow to start, faster on a GPU."""
     device: Annotated[Literal["auto", "cpu", "cuda"], OUTPUT_UNCHANGED] = "auto"
     """What workers compute on; auto = cuda where the cluster has GPUs."""
-    num_workers: Annotated[int, OUTPUT_UNCHANGED] = 1
+    num_workers: Annotated[PositiveInt, OUTPUT_UNCHANGED] = 1
     """Processes; on cuda each has one GPU."""
-    cpus_per_worker: Annotated[float, OUTPUT_UNCHANGED] = 1.0
+    cpus_per_worker: Annotated[PositiveFloat, OUTPUT_UNCHANGED] = 1.0
     """CPUs that Ray reserves for a worker."""
-    threads_per_worker: Annotated[int, OUTPUT_UNCHANGED] = 1
+    threads_per_worker: Annotated[PositiveInt, OUTPUT_UNCHANGED] = 1
     """Threads a worker computes with on the CPU."""
-    max_failures: Annotated[int, OUTPUT_UNCHANGED] = 3
+    max_failures: Annotated[NonNegativeInt, OUTPUT_UNCHANGED] = 3
     """Times that lost workers are replaced, each time from the last checkpoint, before the job fails."""
 
     def __post_init__(self) -> None:
         """Refuse settings that do not fit together."""
-        for name in ("seq_len", "batch_tokens", "micro_batch", "window_shards", "checkpoint_every", "keep_checkpoints"):
-            _require_positive(name, getattr(self, name))
-        for name in ("log_every", "num_workers", "cpus_per_worker", "threads_per_worker", "validation_tokens"):
-            _require_positive(name, getattr(self, name))
-        for name in ("gradient_clipping", "router_bias_speed", "seed", "validate_every", "max_failures"):
-            _require_not_negative(name, getattr(self, name))
         self._check_length()
         self._check_grid()
         self._check_muon()
-        if self.precision == "fp16" and self.device == "cpu":
-            raise fp16_error(self.device)
+        self._check_fp16()
 
     def _check_length(self) -> None:
         """Want exactly one of `steps` and `tokens`, and more steps than the warm-up has."""
         if (self.steps is None) == (self.tokens is None):
             value = "neither" if self.steps is None else f"{self.steps} and {self.tokens}"
             raise ConfigError("steps or tokens", value, "must be given, exactly one of them", "give one")
-        _require_positive("steps" if self.tokens is None else "tokens", self.steps or self.tokens or 0)
         if self.schedule.warmup_steps >= self.num_steps:
-            field, value = "schedule.warmup_steps", self.schedule.warmup_steps
-            raise ConfigError(field, value, f"must be below the number of steps ({self.num_steps})", "lower it")
+            allowed = f"must be below the number of steps ({self.num_steps})"
+            raise ConfigError("schedule.warmup_steps", self.schedule.warmup_steps, allowed, "lower it")
 
     def _check_grid(self) -> None:
         """Want a batch of whole micro-batches that the workers can share out evenly."""
         unit = self.micro_batch * self.seq_len
         if self.batch_tokens % unit:
             allowed = f"must be a multiple of micro_batch * seq_len ({self.micro_batch} * {self.seq_len} = {unit})"
-            raise ConfigError("batch_tokens", self.batch_tokens, allowed, f"try {_nearest(self.batch_tokens, unit)}")
+            raise ConfigError("batch_tokens", self.batch_tokens, allowed, f"try {_round_up(self.batch_tokens, unit)}")
         if self.num_micro_batches % self.num_workers:
             grid = f"{self.num_workers} * {self.micro_batch} * {self.seq_len} = {self.num_workers * unit}"
             allowed = f"must be a multiple of num_workers * micro_batch * seq_len ({grid})"
-            nearest = _nearest(self.batch_tokens, self.num_workers * unit)
-            raise ConfigError("batch_tokens", self.batch_tokens, allowed, f"try {nearest}, or another num_workers")
+            fitting = _round_up(self.batch_tokens, self.num_workers * unit)
+            raise ConfigError("batch_tokens", self.batch_tokens, allowed, f"try {fitting}, or another num_workers")
 
     def _check_muon(self) -> None:
         """Refuse clipping where DeepSpeed would clip Muon's update instead of the gradient.
@@ -186,6 +161,16 @@ class TrainSettings:
             allowed = "must be 0 with Muon in ZeRO 1-3, where DeepSpeed clips the orthogonalized update"
             action = "set it to 0 (Muon's update does not grow with the gradient), or set zero_stage to 0"
             raise ConfigError("gradient_clipping", self.gradient_clipping, allowed, action)
+
+    def _check_fp16(self) -> None:
+        """Refuse fp16 where its loss would not be scaled.
+
+        Source: DeepSpeed 0.19.8, engine.py `backward` scales for a `ZeROOptimizer` only, while stage 0's
+        `FP16_UnfusedOptimizer.step` divides the gradient by the scale all the same.
+        """
+        if self.precision == "fp16" and self.zero_stage == 0:
+            allowed = "must be 1, 2 or 3 with fp16: DeepSpeed does not scale the loss in ZeRO 0"
+            raise ConfigError("zero_stage", self.zero_stage, allowed, "use 1, or precision bf16")
 
     @property
     def num_steps(self) -> int:
@@ -203,28 +188,6 @@ class TrainSettings:
         return self.batch_tokens // self.seq_len
 
 
-def fp16_error(device: str) -> ConfigError:
-    """Return the refusal of fp16 on a device that cannot compute in it."""
-    allowed = f"must be bf16 or fp32 on {device}, which has no fp16 arithmetic"
-    return ConfigError("precision", "fp16", allowed, "use bf16, or a GPU")
-
-
-def _nearest(value: int, unit: int) -> int:
-    """Return the multiple of `unit` nearest to `value`, at least `unit`."""
-    return max(unit, (value + unit // 2) // unit * unit)
-
-
-def _require_positive(name: str, value: float) -> None:
-    if value <= 0:
-        raise ConfigError(name, value, "must be positive", "raise it")
-
-
-def _require_not_negative(name: str, value: float) -> None:
-    if value < 0:
-        raise ConfigError(name, value, "must be 0 or more", "raise it")
-
-
-def _require_fraction(name: str, *values: float) -> None:
-    if not all(0 <= value < 1 for value in values):
-        value = values[0] if len(values) == 1 else list(values)
-        raise ConfigError(name, value, "must be at least 0 and below 1", "correct it")
+def _round_up(value: int, unit: int) -> int:
+    """Return the smallest multiple of `unit` that is at least `value`."""
+    return -(-value // unit) * unit

@@ -1,16 +1,14 @@
 """Count what became of every record, and prove that none was lost."""
 
-from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
 
 import pydantic
+from pydantic import JsonValue
 
-from ray_ds.config.settings import JsonValue
+from ray_ds.data.filters import DUPLICATE
+from ray_ds.data.pii import Masked
 from ray_ds.errors import RayDsError
-
-Outcome = Literal["kept", "dropped", "quarantined"]
 
 SAMPLES_PER_REASON = 5
 SAMPLE_CHARS = 300
@@ -58,12 +56,31 @@ class Counts:
         """Return the number of damaged records."""
         return sum(self.quarantined.values())
 
-    def drop(self, reason: str, sample: Sample) -> None:
+    def add_kept(self, language: str, masked: Masked | None) -> None:
+        """Count a kept document."""
+        self.num_kept += 1
+        _add(self.languages.setdefault(language, {}), {"kept": 1})
+        if masked is not None:
+            _add(self.masked, {"email": masked.num_emails, "ip": masked.num_ips, "phone": masked.num_phones})
+
+    def add_dropped(self, reason: str, broken: Iterable[str], sample: Sample) -> None:
         """Count a dropped document."""
         _add(self.dropped, {reason: 1})
+        _add(self.broken, dict.fromkeys(broken, 1))
+        _add(self.languages.setdefault(sample.language, {}), {reason: 1})
         samples = self.samples.setdefault(reason, [])
         if len(samples) < SAMPLES_PER_REASON:
             samples.append(sample)
+
+    def add_quarantined(self, damage: str) -> None:
+        """Count a damaged record."""
+        _add(self.quarantined, {damage: 1})
+
+    def add_duplicates(self, language: str, count: int) -> None:
+        """Turn kept documents into dropped ones."""
+        self.num_kept -= count
+        _add(self.dropped, {DUPLICATE: count})
+        _add(self.languages[language], {"kept": -count, DUPLICATE: count})
 
     def check(self, where: str) -> None:
         """Check that in = kept + dropped by reason + quarantined, in all and by language.
@@ -112,7 +129,6 @@ def merge_counts(parts: Iterable[Counts]) -> Counts:
     return total
 
 
-def _add(total: dict[str, int], part: dict[str, int]) -> None:
-    summed = Counter(total)
-    summed.update(part)
-    total.update(sorted(summed.items()))
+def _add(total: dict[str, int], part: Mapping[str, int]) -> None:
+    for name, count in part.items():
+        total[name] = total.get(name, 0) + count

@@ -19,9 +19,9 @@ def duplicate_key(text: str) -> bytes:
     return xxhash.xxh3_128_digest(_SPACE.sub(" ", text).strip().casefold().encode())
 
 
-def pack_keys(keys: Sequence[bytes]) -> Keys:
-    """Return keys as one array."""
-    return np.frombuffer(b"".join(keys), dtype=f"V{KEY_BYTES}")
+def unpack_keys(data: bytes) -> Keys:
+    """Return keys that lie end to end as one array."""
+    return np.frombuffer(data, dtype=f"V{KEY_BYTES}")
 
 
 def find_duplicates(parts: Sequence[Keys]) -> list[NDArray[np.bool_]]:

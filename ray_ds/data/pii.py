@@ -14,7 +14,9 @@ _EMAIL = re.compile(
     r"(?<![A-Za-z0-9._%+-])[A-Za-z0-9](?:[A-Za-z0-9._%+-]{0,62}[A-Za-z0-9_+-])?"
     r"@(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.)+([A-Za-z]{2,24})(?![A-Za-z0-9-])"
 )
-_NOT_DOMAINS = frozenset("png jpg jpeg gif svg webp css js json html py so dll whl".split())
+_NOT_DOMAINS = frozenset(
+    ["png", "jpg", "jpeg", "gif", "svg", "webp", "css", "js", "json", "html", "py", "so", "dll", "whl"]
+)
 """Endings of file names such as icon@2x.png."""
 _IPV4 = re.compile(r"(?<![A-Za-z0-9._-])(?:\d{1,3}\.){3}\d{1,3}(?![A-Za-z0-9_-]|\.\d)")
 _IPV6 = re.compile(r"(?<![A-Za-z0-9:._])[23][0-9A-Fa-f]{3}(?::[0-9A-Fa-f]{0,4}){2,7}(?![A-Za-z0-9:._]*[A-Za-z0-9:])")
@@ -59,7 +61,9 @@ def mask_pii(text: str) -> Masked:
     return Masked(text, num_emails, num_ips, num_phones)
 
 
-def _replace(pattern: re.Pattern[str], text: str, mask: str, is_meant: Callable[[re.Match[str]], bool]) -> tuple[str, int]:
+def _replace(
+    pattern: re.Pattern[str], text: str, mask: str, is_meant: Callable[[re.Match[str]], bool]
+) -> tuple[str, int]:
     count = 0
 
     def put_mask(match: re.Match[str]) -> str:

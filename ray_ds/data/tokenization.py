@@ -1,4 +1,4 @@
-"""Turning one piece of a corpus into token shards."""
+"""Turning one file of a corpus into token shards."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -8,8 +8,9 @@ import numpy as np
 
 from ray_ds import storage
 from ray_ds.config.tokenize import HoldOut
-from ray_ds.data.corpus import group_of, hash_fraction, read_unit
+from ray_ds.data.documents import group_of, hash_fraction, read_documents
 from ray_ds.data.shards import SHARD_SUFFIX, SPLITS, Split, token_dtype, write_shard
+from ray_ds.errors import ConfigError
 from ray_ds.tokenizer import load_tokenizer
 
 Counts = dict[str, dict[str, int]]
@@ -18,29 +19,38 @@ Counts = dict[str, dict[str, int]]
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizeJob:
-    """What every piece of a corpus needs to become shards."""
+    """What every file of a corpus needs to become shards."""
 
+    step: str
+    """The step's name, for errors."""
     corpus_uri: str
     tokenizer_uri: str
     output_uri: str
-    """Folder of the shards: `<split>/<piece>.arrow`."""
+    """Folder of the shards: `<split>/<file>.arrow`."""
     work_uri: str
-    """Folder of the pieces' commits: `<piece>.json`."""
+    """Folder of the files' commits: `<file>.json`."""
     validation_fraction: float
     hold_out: HoldOut
     seed: int
 
 
 def split_of(doc_id: str, job: TokenizeJob) -> Split:
-    """Return the split a document belongs to."""
+    """Return the split a document belongs to.
+
+    Raises:
+        ConfigError: groups are asked for, and the document has none.
+    """
     key = group_of(doc_id) if job.hold_out == "group" else doc_id
+    if key is None:
+        allowed = f"must be document where documents have no id of their own, such as {doc_id}"
+        raise ConfigError(f"{job.step}.hold_out", job.hold_out, allowed, "name their id_column in the clean step")
     return "validation" if hash_fraction(key, "validation", job.seed) < job.validation_fraction else "train"
 
 
-def tokenize_unit(name: str, job: TokenizeJob) -> Counts:
-    """Write a piece's shard of each split that it has documents of, then its commit; return what they hold.
+def tokenize_file(name: str, job: TokenizeJob) -> Counts:
+    """Write a file's shard of each split that it has documents of, then its commit; return what they hold.
 
-    The bytes depend on the piece and the job alone, and files appear whole, so a piece that is done twice (a worker
+    The bytes depend on the file and the job alone, and shards appear whole, so a file that is done twice (a worker
     died, or was thought dead) leaves what one run leaves. Each document is BOS and its tokens; no EOS, since the next
     BOS ends it.
     """
@@ -49,7 +59,7 @@ def tokenize_unit(name: str, job: TokenizeJob) -> Counts:
     documents: dict[Split, list[np.ndarray]] = {split: [] for split in SPLITS}
     doc_ids: dict[Split, list[str]] = {split: [] for split in SPLITS}
     num_bytes = dict.fromkeys(SPLITS, 0)
-    for batch in read_unit(job.corpus_uri, name):
+    for batch in read_documents(job.corpus_uri, name):
         encoded = tokenizer.encode_batch([text for _, text in batch])
         for (doc_id, text), ids in zip(batch, encoded, strict=True):
             split = split_of(doc_id, job)
@@ -70,22 +80,22 @@ def tokenize_unit(name: str, job: TokenizeJob) -> Counts:
 
 
 def commit_uri(name: str, job: TokenizeJob) -> str:
-    """Return where the commit of a finished piece lies."""
+    """Return where the commit of a finished file lies."""
     return storage.join(job.work_uri, f"{name}.json")
 
 
 def read_commits(names: Iterable[str], job: TokenizeJob) -> dict[str, Counts]:
-    """Return the counts of the pieces that are finished already."""
+    """Return the counts of the files that are finished already."""
     found = {entry.path for entry in storage.list_files(job.work_uri)}
     finished = [name for name in names if f"{name}.json" in found]
     return {name: json.loads(storage.read_bytes(commit_uri(name, job))) for name in finished}
 
 
-def sum_counts(pieces: Iterable[Mapping[str, Mapping[str, int]]]) -> Counts:
-    """Return the sums over pieces."""
+def sum_counts(parts: Iterable[Mapping[str, Mapping[str, int]]]) -> Counts:
+    """Return the sums over files."""
     total: Counts = {key: dict.fromkeys(SPLITS, 0) for key in ("documents", "tokens", "bytes")}
-    for piece in pieces:
-        for key, splits in piece.items():
+    for part in parts:
+        for key, splits in part.items():
             for split, count in splits.items():
                 total[key][split] += count
     return total

@@ -62,6 +62,11 @@ class Unit:
     pieces: tuple[Piece, ...]
 
     @property
+    def name(self) -> str:
+        """Return the unit's number, padded so that names sort as numbers do."""
+        return f"{self.index:05d}"
+
+    @property
     def input_hash(self) -> str:
         """Return 16 hexadecimal digits that stand for the bytes the unit reads."""
         parts = [f"{piece.doc_id_prefix}:{piece.sha256}:{piece.start}:{piece.stop}" for piece in self.pieces]
@@ -89,7 +94,9 @@ def find_input_files(settings: CleanSettings) -> list[InputFile]:
             raise InputError(f"{field} {files.glob}", value, "are empty; one must hold text", "check the files")
         if files.columns() != ["text"] and all(file.format == "txt" for file in matched):
             allowed = "must not name columns where all files are txt, which have none"
-            raise ConfigError(field, files.glob, allowed, "remove text_column, id_column, source_column, licence_column")
+            raise ConfigError(
+                field, files.glob, allowed, "remove text_column, id_column, source_column, licence_column"
+            )
         found += matched
     for uri, count in Counter(file.uri for file in found).items():
         if count > 1:

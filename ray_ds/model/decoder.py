@@ -1,5 +1,8 @@
 """The DeepSeek-V3 decoder (arXiv 2412.19437); module names are Hugging Face's, so that parameters carry theirs."""
 
+from collections.abc import Iterable
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -51,14 +54,14 @@ class Backbone(nn.Module):
         positions = torch.arange(tokens.shape[1], device=tokens.device)[None] if cache is None else cache.positions
         rotary = rotary_tables(positions, self.config)
         x = self.embed_tokens(tokens)  # (B, T, D)
-        for layer in self.layers:
+        for layer in cast(Iterable[Block], self.layers):
             if self.recompute_activations and self.training:
                 x, load = checkpoint(layer, x, rotary, cache, use_reentrant=False)
             else:
                 x, load = layer(x, rotary, cache)
             # Counted here and not inside the layer, which may run a second time to recompute its activations.
             if load is not None and self.training:
-                layer.mlp.gate.expert_load += load
+                cast(MoE, layer.mlp).gate.expert_load += load
         if cache is not None:
             cache.finish()
         normed: Tensor = self.norm(x)
@@ -79,7 +82,11 @@ class Decoder(nn.Module):
         self.config = config
         self.model = Backbone(config, recompute_activations=recompute_activations)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        if config.tie_word_embeddings:
+        self.tie_embeddings()
+
+    def tie_embeddings(self) -> None:
+        """Make the output projection the embedding table, if the config says so; `to_empty` parts them."""
+        if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def forward(

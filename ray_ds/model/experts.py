@@ -1,4 +1,4 @@
-"""DeepSeekMoE (arXiv 2401.06066): shared experts, and routed experts kept busy without an auxiliary loss (2408.15664)."""
+"""DeepSeekMoE (arXiv 2401.06066), its experts kept equally busy without an auxiliary loss (arXiv 2408.15664)."""
 
 from collections.abc import Callable
 
@@ -40,9 +40,9 @@ class Gate(nn.Module):
         return weights * self.routed_scaling_factor, chosen
 
     def _select(self, biased: Tensor) -> Tensor:
-        """Return the K best experts (N, K) of the `topk_group` best groups, a group's worth being its best two's sum."""
+        """Return the K best experts (N, K) of the best groups; a group is worth the sum of its best two."""
         if self.n_group > 1:
-            groups = biased.unflatten(-1, (self.n_group, -1))  # (N, n_group, E / n_group)
+            groups = torch.unflatten(biased, -1, (self.n_group, -1))  # (N, n_group, E / n_group)
             worth = groups.topk(2, dim=-1).values.sum(dim=-1)  # (N, n_group)
             best = worth.topk(self.topk_group, dim=-1, sorted=False).indices  # (N, topk_group)
             is_kept = torch.zeros_like(worth, dtype=torch.bool).scatter_(1, best, True)  # (N, n_group)
@@ -52,7 +52,7 @@ class Gate(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Gate":
         """Move the module, but keep the bias in fp32: in bf16 its small steps would be lost."""
         bias = self.e_score_correction_bias
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.e_score_correction_bias.dtype != torch.float32:
             self.e_score_correction_bias = bias.to(self.e_score_correction_bias.device)
         return self
@@ -77,7 +77,14 @@ class _Permute(torch.autograd.Function):
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None, None]:
         """Return the sum of each row's copies' gradients."""
         (inverse,) = ctx.saved_tensors  # type: ignore[attr-defined]
-        return grad[inverse].unflatten(0, (-1, ctx.copies)).sum(dim=1), None, None, None  # type: ignore[attr-defined]
+        copies = torch.unflatten(grad[inverse], 0, (-1, ctx.copies))  # type: ignore[attr-defined]
+        return copies.sum(dim=1), None, None, None
+
+
+def _permute(x: Tensor, order: Tensor, inverse: Tensor, copies: int) -> Tensor:
+    """Return what `_Permute` does."""
+    rows: Tensor = _Permute.apply(x, order, inverse, copies)  # type: ignore[no-untyped-call]
+    return rows
 
 
 class Experts(nn.Module):
@@ -102,16 +109,18 @@ class Experts(nn.Module):
         inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
         numbers = torch.arange(len(self.down_proj), device=chosen.device)
         ends = torch.searchsorted(by_expert, numbers, right=True)  # (E,): where each expert's rows end
-        rows = _Permute.apply(x, order, inverse, num_experts_per_tok)  # (N * K, D)
+        rows = _permute(x, order, inverse, num_experts_per_tok)  # (N * K, D)
         rows = self._run_grouped(rows, ends) if rows.is_cuda and rows.dtype == torch.bfloat16 else self._run(rows, ends)
-        parts = _Permute.apply(rows, inverse, order, 1).view(num_tokens, num_experts_per_tok, -1)  # (N, K, D)
-        return (parts * weights[..., None]).sum(dim=1).to(x.dtype)  # (N, D)
+        parts = _permute(rows, inverse, order, 1).view(num_tokens, num_experts_per_tok, -1)  # (N, K, D)
+        weighted: Tensor = parts * weights[..., None]
+        return weighted.sum(dim=1).to(x.dtype)  # (N, D)
 
     def _run(self, rows: Tensor, ends: Tensor) -> Tensor:
         """Return each expert's output for its slice of `rows` (N * K, D), one expert after the other."""
         sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()
         outs = []
-        for part, w_in, w_out in zip(rows.split(sizes), self.gate_up_proj.unbind(), self.down_proj.unbind(), strict=True):
+        parts = torch.split(rows, sizes)
+        for part, w_in, w_out in zip(parts, self.gate_up_proj.unbind(), self.down_proj.unbind(), strict=True):
             if len(part):
                 gate, up = F.linear(part, w_in).chunk(2, dim=-1)
                 outs.append(F.linear(F.silu(gate) * up, w_out))

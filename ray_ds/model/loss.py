@@ -20,7 +20,7 @@ def summed_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
         logits: (N, V) of any float type.
         targets: (N,) int64.
     """
-    loss: Tensor = _SummedCrossEntropy.apply(logits, targets)
+    loss: Tensor = _SummedCrossEntropy.apply(logits, targets)  # type: ignore[no-untyped-call]
     return loss
 
 
@@ -40,7 +40,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
     def forward(ctx: FunctionCtx, logits: Tensor, targets: Tensor) -> Tensor:
         """Return the sum."""
         rows = _chunk_rows(logits)
-        log_sums = torch.cat([chunk.float().logsumexp(dim=-1) for chunk in logits.split(rows)])  # (N,)
+        log_sums = torch.cat([chunk.float().logsumexp(dim=-1) for chunk in torch.split(logits, rows)])  # (N,)
         is_counted = targets != IGNORED_TARGET
         at_target = logits.gather(1, targets.clamp(min=0)[:, None])[:, 0].float()  # (N,)
         ctx.save_for_backward(logits, targets, log_sums)
@@ -54,8 +54,9 @@ class _SummedCrossEntropy(torch.autograd.Function):
         rows = _chunk_rows(logits)
         weights = (targets != IGNORED_TARGET).float() * grad  # (N,)
         out = torch.empty_like(logits)
-        pieces = (t.split(rows) for t in (logits, targets.clamp(min=0)[:, None], log_sums[:, None], weights[:, None], out))
-        for chunk, target, log_sum, weight, piece in zip(*pieces, strict=True):
+        columns = (targets.clamp(min=0)[:, None], log_sums[:, None], weights[:, None])  # (N, 1) each
+        pieces = (torch.split(tensor, rows) for tensor in (logits, out, *columns))
+        for chunk, piece, target, log_sum, weight in zip(*pieces, strict=True):
             wide = (chunk.float() - log_sum).exp_().mul_(weight)
             piece.copy_(wide.scatter_add_(1, target, -weight))
         return out, None

@@ -17,6 +17,7 @@ class Int8Linear(nn.Module):
 
     def __init__(self, weight: Int8Weight, road: Road) -> None:
         super().__init__()
+        self.road = road
         self.packed = pack_weight(*weight, road)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -30,6 +31,7 @@ class Int8MLP(nn.Module):
 
     def __init__(self, gate: Int8Weight, up: Int8Weight, down: Int8Weight, road: Road) -> None:
         super().__init__()
+        self.road = road
         self.gate_up = pack_weight(*_stack(gate, up), road)
         self.down = pack_weight(*down, road)
 
@@ -46,6 +48,7 @@ class Int8Experts(nn.Module):
     def __init__(self, experts: Sequence[tuple[Int8Weight, Int8Weight, Int8Weight]], road: Road) -> None:
         """Take each expert's weights `gate`, `up` and `down`."""
         super().__init__()
+        self.road = road
         self.gate_up = [pack_weight(*_stack(gate, up), road) for gate, up, _ in experts]
         self.down = [pack_weight(*down, road) for _, _, down in experts]
 

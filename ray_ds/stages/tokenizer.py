@@ -4,14 +4,15 @@ import time
 from collections.abc import Iterator
 
 import ray
+from pydantic import JsonValue
 
 from ray_ds import storage
 from ray_ds.artifacts import Artifact, Corpus, StageRun
-from ray_ds.config.settings import JsonValue
 from ray_ds.config.tokenizer import TokenizerSettings
-from ray_ds.data.corpus import hash_fraction, read_unit, unit_names
+from ray_ds.data.documents import file_names, hash_fraction, read_documents
 from ray_ds.errors import ConfigError
 from ray_ds.logs import log_event
+from ray_ds.on_ray.preflight import check_shared
 from ray_ds.on_ray.user_errors import user_errors
 from ray_ds.tokenizer import ROUND_TRIP_PROBES, train_bpe
 
@@ -20,6 +21,7 @@ def train_tokenizer(settings: TokenizerSettings, run: StageRun) -> Artifact:
     """Learn a byte-level BPE from a sample of the corpus, check that text comes back from it, and write it."""
     started = time.monotonic()
     corpus = run.input(Corpus)
+    check_shared(run.uri.rsplit("/", 2)[0])
     task = ray.remote(num_cpus=1)(learn)
     with user_errors():
         facts: dict[str, JsonValue] = ray.get(task.remote(settings, corpus, run.step, run.path("tokenizer.json")))
@@ -66,8 +68,8 @@ class _Sample:
 
     def texts(self) -> Iterator[str]:
         """Yield the sample's texts in the order of the corpus."""
-        for name in unit_names(self._corpus):
-            for batch in read_unit(self._corpus.uri, name):
+        for name in file_names(self._corpus):
+            for batch in read_documents(self._corpus.uri, name):
                 for doc_id, text in batch:
                     place = hash_fraction(doc_id, "tokenizer", self._seed)
                     if place >= self._fraction:

@@ -1,6 +1,7 @@
 """Answers on their way from the engine's thread to the event loop, and what they look like in JSON."""
 
 import asyncio
+import contextlib
 import json
 import time
 import uuid
@@ -54,7 +55,7 @@ class Answers:
     def _emitter(self, loop: asyncio.AbstractEventLoop, index: int) -> Emit:
         def emit(event: Event) -> None:
             # A closed loop means that nobody can be waiting any more.
-            if not loop.is_closed():
+            with contextlib.suppress(RuntimeError):
                 loop.call_soon_threadsafe(self._queue.put_nowait, (index, event))
 
         return emit

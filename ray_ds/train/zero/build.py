@@ -4,8 +4,8 @@
 
 Left alone, DeepSpeed compiles it in whichever process first makes a process group, under a lock file that outlives a
 killed process and then hangs all later ones (pytorch#189245). Training runs without the op too: it only serves
-DeepSpeed's own `inference_all_reduce`. This file leans on two private names of DeepSpeed 0.19.8, `OpBuilder._loaded_ops`
-and `deepspeed.ops.__compatible_ops__`; tests/train/zero/test_build.py holds them.
+DeepSpeed's own `inference_all_reduce`. This file leans on two private names of DeepSpeed 0.19.8,
+`OpBuilder._loaded_ops` and `deepspeed.ops.__compatible_ops__`; tests/train/zero/test_build.py holds them.
 """
 
 import importlib.util
@@ -56,7 +56,7 @@ def build() -> Path:
 
 
 def use_built_op() -> bool:
-    """Make DeepSpeed take the built op, or do without where there is none; tell which. Call it before any collective."""
+    """Make DeepSpeed take the built op, or do without where there is none; tell which. Call it before `initialize`."""
     target = op_file()
     if target.exists():
         OpBuilder._loaded_ops[OP] = _load(target)

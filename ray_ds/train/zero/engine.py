@@ -23,7 +23,7 @@ class StepResult:
     """What an optimizer step did."""
 
     grad_norm: float
-    """Norm of the gradient over all weights before clipping; with Muon in ZeRO 1-3 that of the orthogonalized update."""
+    """Norm of the gradient over all weights before clipping; with Muon in ZeRO 1-3 of the orthogonalized update."""
     is_skipped: bool
     """fp16 overflowed: the weights are as before and the loss scale is halved."""
     loss_scale: float
@@ -119,7 +119,7 @@ class Engine:
         """
         is_first = torch.distributed.get_rank() == 0
         state: dict[str, Tensor] = {}
-        for name, parameter in self.decoder.named_parameters():
+        for name, parameter in self.decoder.named_parameters(remove_duplicate=False):
             with deepspeed.zero.GatheredParameters([parameter], enabled=self._zero_stage == 3):
                 if is_first:
                     state[name] = parameter.detach().cpu().clone()

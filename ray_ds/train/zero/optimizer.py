@@ -35,9 +35,7 @@ def make_optimizer(
     return _make_muon(named, optimizer, is_cuda=is_cuda)
 
 
-def _make_muon(
-    named: Sequence[tuple[str, nn.Parameter]], optimizer: Muon, *, is_cuda: bool
-) -> torch.optim.Optimizer:
+def _make_muon(named: Sequence[tuple[str, nn.Parameter]], optimizer: Muon, *, is_cuda: bool) -> torch.optim.Optimizer:
     """Return DeepSpeed's Muon with torch's AdamW for the rest.
 
     DeepSpeed reads `use_muon` from each parameter, where its ZeRO stages orthogonalize gradients, and from each group.

@@ -1,0 +1,119 @@
+"""Bringing up Serve's HTTP proxy and an application, and waiting until it answers."""
+
+import socket
+import time
+from collections.abc import Callable
+
+import ray
+from ray import serve
+from ray.serve import Application
+from ray.serve.api import RunTarget
+from ray.serve.config import HTTPOptions, ProxyLocation
+from ray.serve.context import _get_global_client
+from ray.serve.schema import ApplicationStatus
+
+from ray_ds.config.serve import ServeSettings
+from ray_ds.errors import ClusterError, ConfigError
+from ray_ds.serve.client import read_health
+
+POLL_S = 0.25
+FAILED = (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY)
+
+
+def start_proxy(settings: ServeSettings, step: str) -> None:
+    """Start Serve with one HTTP proxy on the head node, unless this cluster has it already.
+
+    Raises:
+        ClusterError: another program has the port, or the address is none of this host.
+        ConfigError: this cluster's proxy listens elsewhere.
+    """
+    running = proxy_address()
+    if running is None:
+        _check_port_is_free(settings.host, settings.port, step)
+        options = HTTPOptions(host=settings.host, port=settings.port)
+        serve.start(proxy_location=ProxyLocation.HeadOnly, http_options=options)
+    elif running != (settings.host, settings.port):
+        host, port = running
+        raise ConfigError(
+            f"{step}.port",
+            f"{settings.host}:{settings.port}",
+            f"must be {host}:{port}, where this cluster's proxy for all applications listens",
+            "set host and port so, or stop serving there first (serve.shutdown, or restart the cluster)",
+        )
+
+
+def proxy_address() -> tuple[str, int] | None:
+    """Return where this cluster's Serve listens, or None while there is none. Serve tells it in private only."""
+    client = _get_global_client(raise_if_no_controller_running=False)
+    return None if client is None else (client.http_config.host, client.http_config.port)
+
+
+def _check_port_is_free(host: str, port: int, step: str) -> None:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            action = "choose another port, or stop the program that has this one"
+            raise ClusterError(f"{step}.port", f"{host}:{port}", f"must be free ({error})", action) from error
+
+
+def endpoint_url(settings: ServeSettings) -> str:
+    """Return the address that clients use, without a slash at its end."""
+    host = ray.util.get_node_ip_address() if settings.host in ("0.0.0.0", "::") else settings.host
+    address = f"[{host}]" if ":" in host else host
+    return f"http://{address}:{settings.port}{settings.route_prefix.rstrip('/')}"
+
+
+def check_route(settings: ServeSettings, step: str) -> None:
+    """Refuse a path that another application of this cluster answers on.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    client = _get_global_client(raise_if_no_controller_running=False)
+    details = {} if client is None else client.get_serve_details()["applications"]
+    for name, application in details.items():
+        if name != settings.app_name and application["route_prefix"] == settings.route_prefix:
+            allowed = f"must be none that the application {name} of this cluster answers on"
+            action = f"choose another, or set app_name = {name!r} to replace that application"
+            raise ConfigError(f"{step}.route_prefix", settings.route_prefix, allowed, action)
+
+
+def deploy(application: Application, settings: ServeSettings, digest: str, report: Callable[[str], None]) -> str:
+    """Deploy or replace the application; return its address once it answers with `digest`.
+
+    Args:
+        report: takes a word on how far it has come.
+    Raises:
+        ClusterError: it failed, or did not answer in time.
+    """
+    target = RunTarget(target=application, name=settings.app_name, route_prefix=settings.route_prefix)
+    serve.run_many([target], wait_for_applications_running=False)
+    url = endpoint_url(settings)
+    deadline = time.monotonic() + settings.deploy_timeout_s
+    while True:
+        status = serve.status().applications[settings.app_name]
+        if status.status in FAILED:
+            reason = f"{status.status.value}: {_messages(status)}"
+            raise ClusterError(f"application {settings.app_name}", reason, "must start", "mend what it says")
+        health = read_health(url) if status.status == ApplicationStatus.RUNNING else None
+        if health is not None and health.get("digest") == digest:
+            return url
+        if time.monotonic() > deadline:
+            raise ClusterError(
+                f"endpoint {url}",
+                f"{status.status.value}: {_messages(status)}",
+                f"must answer within deploy_timeout_s ({settings.deploy_timeout_s:g})",
+                "see `serve status`, or raise deploy_timeout_s",
+            )
+        report(status.status.value)
+        time.sleep(POLL_S)
+
+
+def _messages(status: serve.schema.ApplicationStatusOverview) -> str:
+    """Return the last lines of what Serve says about an application and its deployments."""
+    texts = [status.message, *(deployment.message for deployment in status.deployments.values())]
+    lines = [line.strip() for text in texts for line in text.splitlines() if line.strip()]
+    return " / ".join(lines[-3:]) or "no message"

@@ -1,0 +1,157 @@
+"""The deployment: one process that holds a model, its engine and its HTTP routes.
+
+A replica may start on a node that joined after the job that deployed it was gone. It imports the installed package,
+reads the artefact by URI, and has no part of a job's working directory (ray#33799).
+"""
+
+import os
+import shutil
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from fastapi import FastAPI
+from ray import serve
+from ray.serve import Application
+from ray.serve.config import AutoscalingConfig
+
+from ray_ds import storage
+from ray_ds.artifacts import Artifact, Checkpoint, QuantizedModel, open_artifact
+from ray_ds.config.serve import AutoscalingSettings, ServeSettings
+from ray_ds.logs import log_event, setup_logging
+from ray_ds.serve.engine import Engine
+from ray_ds.serve.http.app import build_app
+from ray_ds.serve.http.service import CompletionService, ModelCard
+from ray_ds.serve.load import load_served_model
+from ray_ds.serve.slot_decoder import SlotDecoder
+from ray_ds.tokenizer import load_tokenizer
+
+HEALTH_REQUESTS = 16
+"""Requests a replica takes beyond those its engine may hold, so that `/health` and refusals are answered at once."""
+CONSTRUCTOR_RETRIES = 2
+"""Tries of a replica that cannot start; a damaged artefact stays damaged."""
+NO_WORKING_DIR = "local:///"
+"""A working directory that every node has. Without one a replica inherits that of the job, which goes with the job."""
+METRICS_INTERVAL_S = 1.0
+LOOK_BACK_S = 5.0
+"""How often replicas report their load, and over how long it is averaged."""
+
+
+@serve.ingress()
+class ModelReplica:
+    """Serves one model. Its engine has a thread of its own, so that health checks and streams never wait for it."""
+
+    def __init__(self, artifact_uri: str, digest: str, settings: ServeSettings, api_key_hash: str | None) -> None:
+        setup_logging()
+        started = time.monotonic()
+        artifact = open_artifact(artifact_uri, [QuantizedModel, Checkpoint])
+        artifact.verify_files()
+        folder = local_model_folder(artifact, Path(tempfile.gettempdir()) / "ray_ds_models")
+        device = torch.device("cuda" if settings.gpus_per_replica else "cpu")
+        torch.set_num_threads(settings.cpus_per_replica)
+        dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
+        is_quantized = isinstance(artifact, QuantizedModel)
+        model = load_served_model(folder, is_quantized=is_quantized, device=device, dtype=dtype)
+        max_len = settings.max_model_len or model.decoder.config.max_position_embeddings
+        slots = SlotDecoder(model.decoder, num_slots=settings.max_running_requests, max_len=max_len)
+        tokenizer = load_tokenizer(str(folder / "tokenizer.json"))
+        self._engine = Engine(slots, tokenizer, max_queued=settings.max_queued_requests)
+        card = ModelCard(
+            model_id=settings.model_id,
+            digest=digest,
+            model_digest=artifact.digest,
+            kind=artifact.kind,
+            integer_path=model.integer_path,
+            created=int(time.time()),
+        )
+        self._service = CompletionService(
+            engine=self._engine,
+            tokenizer=tokenizer,
+            card=card,
+            api_key_hash=api_key_hash,
+            max_body_bytes=settings.max_body_bytes,
+        )
+        self._engine.start()
+        seconds = time.monotonic() - started
+        log_event("model_loaded", model=artifact.uri, device=device, integer_path=model.integer_path, seconds=seconds)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        """Return the routes; Serve asks for them once the model is loaded."""
+        return build_app(self._service)
+
+    def check_health(self) -> None:
+        """Tell Serve to replace this replica when its engine has failed.
+
+        Raises:
+            RuntimeError: it has.
+        """
+        if self._engine.failure is not None:
+            raise RuntimeError(self._engine.failure)
+
+    def __del__(self) -> None:
+        """End the engine, after Serve has waited for the open requests."""
+        if hasattr(self, "_engine"):
+            self._engine.close()
+
+
+def local_model_folder(artifact: Artifact, cache: Path) -> Path:
+    """Return the artefact's `model/` on this node, copied into `cache` when the artefact is on an object store."""
+    if not storage.is_remote(artifact.uri):
+        return storage.local_path(artifact.path("model"))
+    target = cache / artifact.digest
+    if target.exists():
+        return target
+    partial = cache / f".{artifact.digest}.{os.getpid()}.partial"
+    for info in artifact.manifest.files:
+        if info.path.startswith("model/"):
+            path = partial / info.path.removeprefix("model/")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(path, "wb") as file:
+                for block in storage.read_blocks(artifact.path(info.path)):
+                    file.write(block)
+    try:
+        os.replace(partial, target)
+    except OSError:  # another replica of this node was faster
+        shutil.rmtree(partial)
+        assert target.exists(), f"cannot move {partial} to {target}"
+    return target
+
+
+def build_application(artifact_uri: str, digest: str, settings: ServeSettings, api_key_hash: str | None) -> Application:
+    """Return the Serve application of a model.
+
+    Args:
+        digest: of the Endpoint artefact, which `/health` answers with.
+        api_key_hash: from `hash_api_key`.
+    """
+    deployment = serve.deployment(
+        ModelReplica,
+        name="model",
+        ray_actor_options={
+            "num_cpus": settings.cpus_per_replica,
+            "num_gpus": settings.gpus_per_replica,
+            "runtime_env": {"working_dir": NO_WORKING_DIR},
+        },
+        autoscaling_config=autoscaling_config(settings.autoscaling),
+        # The engine refuses what is too much, with OpenAI's error object; Serve's own queue is never used.
+        max_ongoing_requests=settings.max_running_requests + settings.max_queued_requests + HEALTH_REQUESTS,
+        graceful_shutdown_timeout_s=settings.drain_timeout_s,
+        health_check_period_s=5,
+        max_constructor_retry_count=CONSTRUCTOR_RETRIES,
+    )
+    application: Application = deployment.bind(artifact_uri, digest, settings, api_key_hash)
+    return application
+
+
+def autoscaling_config(settings: AutoscalingSettings) -> AutoscalingConfig:
+    """Return Serve's form of the settings."""
+    return AutoscalingConfig(
+        min_replicas=settings.min_replicas,
+        max_replicas=settings.max_replicas,
+        target_ongoing_requests=settings.target_ongoing_requests,
+        upscale_delay_s=settings.upscale_delay_s,
+        downscale_delay_s=settings.downscale_delay_s,
+        metrics_interval_s=METRICS_INTERVAL_S,
+        look_back_period_s=LOOK_BACK_S,
+    )

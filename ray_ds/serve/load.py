@@ -1,0 +1,32 @@
+"""Loading what is to be served."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ray_ds.model.checkpoint_folder import load_checkpoint_folder
+from ray_ds.model.decoder import Decoder
+from ray_ds.quantize import Int8Experts, Int8Linear, Int8MLP, load_quantized
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServedModel:
+    """A decoder ready to answer."""
+
+    decoder: Decoder
+    integer_path: str | None
+    """The way its integer products are computed; None where it has none."""
+
+
+def load_served_model(folder: Path, *, is_quantized: bool, device: torch.device, dtype: torch.dtype) -> ServedModel:
+    """Return the model in a folder; loading an INT8 one tests the integer kernels and takes the fastest exact one.
+
+    Args:
+        dtype: of all weights that are not INT8.
+    """
+    if not is_quantized:
+        return ServedModel(decoder=load_checkpoint_folder(folder, dtype=dtype, device=device), integer_path=None)
+    decoder = load_quantized(folder, device, dtype)
+    int8_layers = (layer for layer in decoder.modules() if isinstance(layer, (Int8Linear, Int8MLP, Int8Experts)))
+    return ServedModel(decoder=decoder, integer_path=next(int8_layers).road)

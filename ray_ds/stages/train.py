@@ -1,0 +1,111 @@
+"""The train stage: TokenShards -> Checkpoint, on Ray Train with DeepSpeed."""
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Literal
+
+import ray
+import torch
+
+from ray_ds import storage
+from ray_ds.artifacts import Artifact, StageRun, TokenShards
+from ray_ds.config.model_size import num_parameters
+from ray_ds.config.train import TrainSettings
+from ray_ds.data.shards import Split, check_rows
+from ray_ds.errors import ConfigError
+from ray_ds.logs import Progress
+from ray_ds.on_ray.preflight import check_cluster
+from ray_ds.on_ray.trainer import train_on_ray
+from ray_ds.tokenizer import load_tokenizer
+from ray_ds.train.batches import open_split
+from ray_ds.train.checkpoints import check_world_size, find_latest
+from ray_ds.train.task import TrainTask
+
+Device = Literal["cpu", "cuda"]
+
+
+def train(settings: TrainSettings, run: StageRun) -> Artifact:
+    """Train the model to the last step, from a checkpoint of the same run if there is one."""
+    started = time.monotonic()
+    shards = run.input(TokenShards)
+    task = make_task(settings, shards, run)
+    check_task(task, run)
+    progress = Progress(run.step, settings.num_steps)
+
+    def show(record: Mapping[str, float]) -> None:
+        names = ("loss", "validation_loss", "lr", "grad_norm", "tokens_per_s", "mfu", "max_violation", "loss_scale")
+        progress.update(int(record["step"]), **{name: record[name] for name in names if name in record})
+
+    result = train_on_ray(task, work=run.work_path("ray_train"), on_report=show)
+    facts = {
+        **vars(result),
+        "parameters": num_parameters(task.config),
+        "tokenizer_digest": shards.fact("tokenizer_digest"),
+        "zero_stage": settings.zero_stage,
+        "precision": settings.precision,
+        "world_size": settings.num_workers,
+    }
+    artifact = run.commit(facts, seconds=time.monotonic() - started)
+    storage.delete_folder(run.work_path())
+    return artifact
+
+
+def make_task(settings: TrainSettings, shards: TokenShards, run: StageRun) -> TrainTask:
+    """Return what the workers are told."""
+    tokenizer = load_tokenizer(shards.path("tokenizer.json"))
+    with fields_of(run.step):
+        device = choose_device(settings)
+    with fields_of(f"{run.step}.model"):
+        config = settings.model.resolve(shards.fact("vocab_size"), settings.seq_len)
+    return TrainTask(
+        settings=settings,
+        config=config,
+        shards=shards.uri,
+        checkpoints=run.work_path("checkpoints"),
+        output=run.uri,
+        bos_token_id=tokenizer.bos_id,
+        eos_token_id=tokenizer.eos_id,
+        device=device,
+    )
+
+
+@contextmanager
+def fields_of(name: str) -> Iterator[None]:
+    """Put `name` in front of the field that an error complains about."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{name}.{error.field}", error.value, error.allowed, error.action) from error
+
+
+def choose_device(settings: TrainSettings) -> Device:
+    """Return what workers compute on.
+
+    Raises:
+        ConfigError: fp16 is asked for on a CPU without it.
+    """
+    has_gpus = ray.cluster_resources().get("GPU", 0) > 0
+    device: Device = "cuda" if settings.device == "cuda" or (settings.device == "auto" and has_gpus) else "cpu"
+    if device == "cpu" and settings.precision == "fp16" and not torch.ops.mkldnn._is_mkldnn_fp16_supported():
+        allowed = "must be bf16 or fp32 on this CPU, which has no fp16 arithmetic"
+        raise ConfigError("precision", settings.precision, allowed, "use bf16, or a cluster with GPUs")
+    return device
+
+
+def check_task(task: TrainTask, run: StageRun) -> None:
+    """Refuse, before any worker starts, what workers would fail at."""
+    settings = task.settings
+    splits: list[Split] = ["train", "validation"] if settings.validate_every else ["train"]
+    for split in splits:
+        check_rows(open_split(task.shards, split), storage.join(task.shards, split), settings.seq_len)
+    commit = find_latest(task.checkpoints)
+    if commit is not None:
+        check_world_size(commit, settings.num_workers, task.checkpoints, field=f"{run.step}.num_workers")
+    check_cluster(
+        run.uri,
+        num_workers=settings.num_workers,
+        cpus_per_worker=settings.cpus_per_worker,
+        gpus_per_worker=1.0 if task.device == "cuda" else 0.0,
+        field=f"{run.step}.num_workers",
+    )

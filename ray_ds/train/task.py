@@ -1,0 +1,58 @@
+"""What a training worker is told, and what it gives back."""
+
+from typing import Any
+
+from ray_ds.config.model import ModelConfig
+from ray_ds.config.settings import as_json, decode_settings, settings
+from ray_ds.config.train import TrainSettings
+
+
+@settings
+class TrainTask:
+    """One training run, the same for all its workers; it reaches them as one dict."""
+
+    settings: TrainSettings
+    """How to train."""
+    config: ModelConfig
+    """What to train."""
+    shards: str
+    """Folder of the TokenShards."""
+    checkpoints: str
+    """Folder that unfinished training goes on from."""
+    output: str
+    """Folder that gets `model/`, `metrics.jsonl` and `curve.png`."""
+    bos_token_id: int
+    """Starts every document."""
+    eos_token_id: int
+    """Ends a text that is generated."""
+    device: str
+    """`cpu` or `cuda`."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as JSON values."""
+        encoded = as_json(self)
+        assert isinstance(encoded, dict)
+        return encoded
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any]) -> "TrainTask":
+        """Return what `to_dict` encoded."""
+        return decode_settings(cls, raw, where="task")
+
+
+@settings
+class TrainResult:
+    """What a finished run has to say; the facts of its checkpoint."""
+
+    step: int
+    """Optimizer steps."""
+    tokens: int
+    """Tokens trained on."""
+    train_loss: float
+    """Mean of the last steps' losses, in nats a token."""
+    validation_loss: float | None
+    """The last look at the validation split, in nats a token."""
+    tokens_per_s: float
+    """Median over the steps, of all workers together."""
+    mfu: float | None
+    """Median part of the device's peak that the model's own work was; None where the peak is unknown."""

@@ -1,0 +1,53 @@
+import pytest
+
+from ray_ds.config.serve import ServeSettings
+from ray_ds.config.settings import decode_settings, digest_settings, field_docs
+from ray_ds.errors import ConfigError
+
+
+def decode(**raw: object) -> ServeSettings:
+    return decode_settings(ServeSettings, raw, where="serve")
+
+
+def test_defaults_are_safe_and_every_field_is_explained() -> None:
+    settings = decode()
+    assert settings.host == "127.0.0.1"
+    assert (settings.autoscaling.min_replicas, settings.autoscaling.max_replicas) == (1, 2)
+    docs = field_docs(ServeSettings)
+    assert [name for name, text in docs.items() if not text and name != "autoscaling"] == []
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        ({"autoscaling": {"min_replicas": 3}}, r"autoscaling.max_replicas \(2\) must be at least min_replicas \(3\)"),
+        (
+            {"autoscaling": {"max_replicas": 1, "upscale_delay_s": 3.0}},
+            r"upscale_delay_s \(3.0\) has no effect while min_replicas = max_replicas = 1",
+        ),
+        (
+            {"host": "0.0.0.0"},
+            r"serve.host \(0.0.0.0\) must be 127.0.0.1 while there is no api_key_env.*set api_key_env",
+        ),
+        ({"port": 70000}, r"serve.port \(70000\) must be less than or equal to 65535"),
+        ({"port": "8000"}, r"serve.port \(8000\) must be a valid integer"),
+        ({"route_prefix": "v1/"}, r"serve.route_prefix \(v1/\) must"),
+        ({"model_id": "a b"}, r"serve.model_id \(a b\) must"),
+        ({"max_running_requests": 0}, r"serve.max_running_requests \(0\) must be greater than or equal to 1"),
+        ({"precision": "fp16"}, r"serve.precision \(fp16\) must be 'fp32' or 'bf16'"),
+        ({"replicas": 2}, r"serve.replicas \(2\) must be one of the known settings: model_id, app_name"),
+    ],
+)
+def test_wrong_settings_are_refused(raw: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        decode(**raw)
+
+
+def test_only_what_does_not_change_the_endpoint_is_left_out_of_its_digest() -> None:
+    digested = digest_settings(decode())
+    assert isinstance(digested, dict)
+    assert set(vars(decode())) - set(digested) == {"deploy_timeout_s", "question"}
+
+
+def test_an_open_address_with_a_key_is_allowed() -> None:
+    assert decode(host="0.0.0.0", api_key_env="TEAM_KEY").host == "0.0.0.0"

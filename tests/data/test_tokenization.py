@@ -1,0 +1,105 @@
+"""A piece of a corpus becomes the same shards whenever, wherever and however often it is done."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from ray_ds.artifacts import Corpus
+from ray_ds.data.documents import file_names, group_of
+from ray_ds.data.shards import SPLITS, TokenSplit
+from ray_ds.data.tokenization import TokenizeJob, read_commits, split_of, sum_counts, tokenize_file
+from ray_ds.errors import ConfigError
+from ray_ds.tokenizer import BpeTokenizer, train_bpe
+from tests.stages.small_artifacts import book_texts, make_corpus
+
+TEXTS = book_texts(12, 6)
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Corpus:
+    return make_corpus(tmp_path, TEXTS)
+
+
+@pytest.fixture
+def tokenizer() -> BpeTokenizer:
+    return train_bpe(TEXTS.values(), 400)
+
+
+@pytest.fixture
+def job(tmp_path: Path, corpus: Corpus, tokenizer: BpeTokenizer) -> TokenizeJob:
+    (tmp_path / "tokenizer.json").write_text(tokenizer.to_json())
+    return TokenizeJob(
+        step="tokenize",
+        corpus_uri=corpus.uri,
+        tokenizer_uri=str(tmp_path / "tokenizer.json"),
+        output_uri=str(tmp_path / "out"),
+        work_uri=str(tmp_path / "work"),
+        validation_fraction=0.3,
+        hold_out="group",
+        seed=0,
+    )
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_every_document_is_bos_and_its_tokens_in_one_split(
+    job: TokenizeJob, corpus: Corpus, tokenizer: BpeTokenizer
+) -> None:
+    counts = sum_counts(tokenize_file(name, job) for name in file_names(corpus))
+    found: dict[str, str] = {}
+    for name in SPLITS:
+        split = TokenSplit.open(job.output_uri, name)
+        for doc_id, tokens in zip(split.doc_ids(), split.documents(), strict=True):
+            assert tokens[0] == tokenizer.bos_id and tokens[1:].min() > 2
+            assert split_of(doc_id, job) == name
+            found[doc_id] = tokenizer.decode(tokens.tolist())
+        assert counts["documents"][name] == split.num_documents
+        assert counts["tokens"][name] == split.num_tokens
+    assert found == TEXTS
+    assert sum(counts["bytes"].values()) == corpus.fact("bytes")
+
+
+def test_groups_are_held_out_whole(job: TokenizeJob) -> None:
+    splits: dict[str, set[str]] = {}
+    for doc_id in TEXTS:
+        splits.setdefault(group_of(doc_id) or "", set()).add(split_of(doc_id, job))
+    assert len(splits) == 12 and set.union(*splits.values()) == {"train", "validation"}
+    assert all(len(found) == 1 for found in splits.values())
+    by_document = dataclasses.replace(job, hold_out="document")
+    assert len({split_of(f"0123456789ab-{i}:book0/{i}", by_document) for i in range(6)}) == 2
+
+
+def test_groups_need_ids(job: TokenizeJob) -> None:
+    with pytest.raises(ConfigError) as caught:
+        split_of("0123456789ab-7", job)
+    assert str(caught.value) == (
+        "tokenize.hold_out (group) must be document where documents have no id of their own, such as 0123456789ab-7; "
+        "name their id_column in the clean step."
+    )
+
+
+def test_share_held_out_is_what_was_asked(job: TokenizeJob) -> None:
+    by_document = dataclasses.replace(job, hold_out="document", validation_fraction=0.05)
+    held_out = sum(split_of(f"d{i}", by_document) == "validation" for i in range(20_000))
+    assert abs(held_out - 1000) < 100
+
+
+def test_order_and_repetition_do_not_change_a_byte(job: TokenizeJob, corpus: Corpus, tmp_path: Path) -> None:
+    names = file_names(corpus)
+    for name in names:
+        tokenize_file(name, job)
+    other = dataclasses.replace(job, output_uri=str(tmp_path / "out2"), work_uri=str(tmp_path / "work2"))
+    for name in [*reversed(names), names[1]]:
+        tokenize_file(name, other)
+    assert files(tmp_path / "out") == files(tmp_path / "out2")
+    assert files(tmp_path / "work") == files(tmp_path / "work2")
+
+
+def test_commits_are_found(job: TokenizeJob, corpus: Corpus) -> None:
+    names = file_names(corpus)
+    assert read_commits(names, job) == {}
+    counts = tokenize_file(names[1], job)
+    assert read_commits(names, job) == {names[1]: counts}

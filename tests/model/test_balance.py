@@ -1,0 +1,92 @@
+import dataclasses
+
+import torch
+
+from ray_ds.config.model import PRESETS
+from ray_ds.model.balance import expert_load, max_violation, reset_expert_load, update_router_bias
+from ray_ds.model.decoder import Decoder
+from ray_ds.model.initial import init_weights
+
+CONFIG = dataclasses.replace(PRESETS["tiny"], num_hidden_layers=3, n_routed_experts=8, vocab_size=64)
+
+
+def new_decoder(**options) -> Decoder:
+    decoder = Decoder(CONFIG, **options)
+    init_weights(decoder, seed=0)
+    return decoder
+
+
+def test_every_token_of_training_counts_once_for_each_of_its_experts():
+    decoder = new_decoder()
+    tokens = torch.randint(64, (4, 16))
+    decoder(tokens)
+    decoder(tokens, tokens).backward()
+    load = expert_load(decoder)
+    assert load.shape == (2, 8)
+    assert load.dtype == torch.int64
+    assert load.sum(dim=1).tolist() == [2 * 64 * CONFIG.num_experts_per_tok] * 2
+
+
+def test_evaluation_does_not_count():
+    decoder = new_decoder().eval()
+    decoder(torch.randint(64, (4, 16)))
+    assert not expert_load(decoder).any()
+
+
+def test_recomputed_activations_count_once_and_change_no_gradient():
+    tokens = torch.randint(64, (4, 16))
+    plain, recomputing = new_decoder(), new_decoder(recompute_activations=True)
+    for decoder in (plain, recomputing):
+        decoder(tokens, tokens).backward()
+    assert torch.equal(expert_load(plain), expert_load(recomputing))
+    for ours, theirs in zip(recomputing.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(ours.grad, theirs.grad)
+
+
+def test_reset_starts_anew():
+    decoder = new_decoder()
+    decoder(torch.randint(64, (1, 4)))
+    reset_expert_load(decoder)
+    assert not expert_load(decoder).any()
+
+
+def test_bias_goes_up_for_idle_and_down_for_busy_experts():
+    decoder = new_decoder()
+    load = torch.tensor([[8, 0, 4, 4, 4, 4, 4, 4], [1, 1, 1, 1, 1, 1, 1, 1]])
+    update_router_bias(decoder, load, speed=0.5)
+    update_router_bias(decoder, load, speed=0.25)
+    first, second = (layer.mlp.gate.e_score_correction_bias for layer in decoder.model.layers[1:])
+    assert first.tolist() == [-0.75, 0.75, 0, 0, 0, 0, 0, 0]
+    assert second.tolist() == [0] * 8
+
+
+def test_a_dense_model_has_no_load():
+    dense = Decoder(dataclasses.replace(PRESETS["tiny"], n_routed_experts=0, first_k_dense_replace=2))
+    load = expert_load(dense)
+    assert load.numel() == 0
+    update_router_bias(dense, load, speed=1.0)
+
+
+def train(speed: float) -> float:
+    """Return the mean MaxVio over the last steps of training on tokens of very uneven frequency."""
+    decoder = new_decoder()
+    optimizer = torch.optim.AdamW(decoder.parameters(), lr=2e-3)
+    generator = torch.Generator().manual_seed(0)
+    frequencies = 1 / torch.arange(1, 65.0)
+    violations = []
+    for _ in range(60):
+        tokens = frequencies.multinomial(8 * 33, replacement=True, generator=generator).view(8, 33)
+        optimizer.zero_grad()
+        (decoder(tokens[:, :-1], tokens[:, 1:]) / 256).backward()
+        optimizer.step()
+        load = expert_load(decoder)
+        violations.append(max_violation(load).mean().item())
+        update_router_bias(decoder, load, speed)
+        reset_expert_load(decoder)
+    return sum(violations[-10:]) / 10
+
+
+def test_moving_the_bias_balances_the_experts():
+    assert max_violation(torch.tensor([[6, 2, 2, 2]])).tolist() == [1.0]
+    balanced, left_alone = train(speed=1e-2), train(speed=0.0)
+    assert balanced < 0.5 * left_alone

@@ -1,0 +1,115 @@
+import dataclasses
+
+import pytest
+import torch
+
+from ray_ds.config.model import PRESETS, ModelConfig
+from ray_ds.model.experts import Experts, Gate, MoE
+
+GROUPED = dataclasses.replace(
+    PRESETS["tiny"], n_routed_experts=16, n_group=4, topk_group=2, num_experts_per_tok=3, routed_scaling_factor=2.5
+)
+UNGROUPED = dataclasses.replace(GROUPED, n_group=1, topk_group=1)
+
+
+def new_gate(config: ModelConfig) -> Gate:
+    gate = Gate(config)
+    torch.nn.init.normal_(gate.weight, std=0.3)
+    gate.e_score_correction_bias.normal_(std=0.3)
+    return gate
+
+
+def new_experts(config: ModelConfig) -> Experts:
+    experts = Experts(config)
+    for parameter in experts.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return experts
+
+
+@pytest.mark.parametrize("config", [GROUPED, UNGROUPED, dataclasses.replace(GROUPED, norm_topk_prob=False)])
+def test_gate_chooses_by_biased_scores_within_the_best_groups_and_weighs_by_plain_ones(config):
+    gate = new_gate(config)
+    x = torch.randn(50, config.hidden_size)
+    weights, chosen = gate(x)
+    size = config.n_routed_experts // config.n_group
+    for token, token_weights, token_chosen in zip(x, weights, chosen, strict=True):
+        scores = [1 / (1 + (-(token @ w)).exp()) for w in gate.weight]
+        biased = [(s + b).item() for s, b in zip(scores, gate.e_score_correction_bias, strict=True)]
+        groups = [range(g * size, (g + 1) * size) for g in range(config.n_group)]
+        groups.sort(key=lambda group: sum(sorted(biased[e] for e in group)[-2:]), reverse=True)
+        allowed = [e for group in groups[: config.topk_group] for e in group]
+        wanted = sorted(allowed, key=lambda e: biased[e], reverse=True)[: config.num_experts_per_tok]
+        assert set(token_chosen.tolist()) == set(wanted)
+        total = sum(scores[e] for e in wanted) if config.norm_topk_prob else 1
+        plain = torch.stack([scores[e] / total * config.routed_scaling_factor for e in token_chosen.tolist()])
+        torch.testing.assert_close(token_weights, plain)
+
+
+def test_the_bias_has_no_part_in_the_weights_gradient():
+    gate = new_gate(UNGROUPED)
+    weights, _ = gate(torch.randn(5, UNGROUPED.hidden_size))
+    weights.square().sum().backward()
+    assert not gate.e_score_correction_bias.requires_grad
+    assert gate.weight.grad.any()
+
+
+@pytest.mark.parametrize("num_tokens", [1, 2, 64])
+def test_experts_are_a_weighted_sum_of_gated_mlps(num_tokens):
+    experts = new_experts(GROUPED)
+    x = torch.randn(num_tokens, GROUPED.hidden_size, requires_grad=True)
+    weights, chosen = new_gate(GROUPED)(x.detach())
+    weights = weights.detach().requires_grad_()
+
+    def one(expert: int, token: torch.Tensor) -> torch.Tensor:
+        gate, up = (experts.gate_up_proj[expert] @ token).chunk(2)
+        return experts.down_proj[expert] @ (torch.nn.functional.silu(gate) * up)
+
+    wanted = torch.stack(
+        [sum(w * one(int(e), token) for w, e in zip(*row, strict=True)) for token, *row in zip(x, weights, chosen)]
+    )
+    leaves = (x, weights, *experts.parameters())
+    found = experts(x, weights, chosen)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    out_grad = torch.randn_like(wanted)
+    for ours, theirs in zip(
+        torch.autograd.grad(found, leaves, out_grad), torch.autograd.grad(wanted, leaves, out_grad), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_an_expert_without_tokens_has_a_gradient_of_zero():
+    experts = new_experts(GROUPED)
+    chosen = torch.tensor([[0, 1, 2]])
+    experts(torch.randn(1, GROUPED.hidden_size), torch.ones(1, 3), chosen).sum().backward()
+    assert experts.down_proj.grad[:3].any()
+    assert not experts.down_proj.grad[3:].any()
+    assert not experts.gate_up_proj.grad[3:].any()
+
+
+def test_load_counts_every_choice():
+    moe = MoE(GROUPED)
+    moe.gate.weight.data.normal_()
+    for parameter in moe.experts.parameters():
+        parameter.data.normal_()
+    x = torch.randn(2, 5, GROUPED.hidden_size)
+    _, load = moe(x)
+    _, chosen = moe.gate(x.flatten(0, 1))
+    assert load.tolist() == torch.bincount(chosen.flatten(), minlength=16).tolist()
+
+
+@pytest.mark.parametrize("cast", ["bfloat16", "half", "double"])
+def test_the_bias_stays_fp32_when_the_module_is_cast(cast):
+    moe = MoE(GROUPED)
+    moe.gate.e_score_correction_bias.copy_(torch.linspace(0, 1, 16) / 3)
+    before = moe.gate.e_score_correction_bias.clone()
+    getattr(moe, cast)()
+    assert moe.gate.weight.dtype != torch.float32
+    assert moe.gate.e_score_correction_bias.dtype == torch.float32
+    assert torch.equal(moe.gate.e_score_correction_bias, before)
+    assert moe.state_dict()["gate.e_score_correction_bias"].dtype == torch.float32
+
+
+def test_counts_are_whole_and_not_part_of_a_checkpoint():
+    moe = MoE(GROUPED).bfloat16()
+    assert moe.gate.expert_load.dtype == torch.int64
+    assert not any("load" in name for name in moe.state_dict())

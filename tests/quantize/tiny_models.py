@@ -1,0 +1,92 @@
+"""Tiny models that have learned something, so that damage to them shows."""
+
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ray_ds.config.model import ModelConfig
+from ray_ds.model.checkpoint_folder import save_checkpoint_folder
+from ray_ds.model.decoder import Decoder
+from ray_ds.model.initial import init_weights
+
+Kind = Literal["dense", "moe"]
+VOCAB = 61
+SEQ_LEN = 32
+
+_SIZES = {
+    "vocab_size": VOCAB,
+    "max_position_embeddings": SEQ_LEN,
+    "hidden_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "kv_lora_rank": 24,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 24,
+    "intermediate_size": 96,
+}
+_EXPERTS = {
+    "q_lora_rank": 32,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 40,
+    "first_k_dense_replace": 1,
+}
+
+
+def config_of(kind: Kind, **other: object) -> ModelConfig:
+    sizes = {**_SIZES, **(_EXPERTS if kind == "moe" else {"first_k_dense_replace": 2}), **other}
+    return ModelConfig(**sizes)  # type: ignore[arg-type]
+
+
+def make_tokens(rows: int, length: int, seed: int) -> Tensor:
+    """Return rows that an affine rule makes from a random first token, with one token in ten replaced by noise."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(0, VOCAB, (rows, length), generator=generator)
+    is_noise = torch.rand((rows, length), generator=generator) < 0.1
+    for i in range(1, length):
+        tokens[:, i] = torch.where(is_noise[:, i], tokens[:, i], (3 * tokens[:, i - 1] + 7) % VOCAB)
+    return tokens
+
+
+@functools.cache
+def trained_state(kind: Kind) -> dict[str, Tensor]:
+    """Return the weights of a model that has learned the rule of `make_tokens` in a second or two."""
+    decoder = Decoder(config_of(kind)).train()
+    init_weights(decoder, seed=0)
+    optimizer = torch.optim.AdamW(decoder.parameters(), lr=5e-3)
+    for step in range(80):
+        tokens = make_tokens(16, SEQ_LEN + 1, seed=step)
+        loss = decoder(tokens[:, :-1], targets=tokens[:, 1:]) / tokens[:, 1:].numel()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 2.0, "the tiny model has learned nothing"
+    return {name: tensor.detach().clone() for name, tensor in decoder.state_dict().items()}
+
+
+def write_checkpoint(folder: Path, kind: Kind, state: Mapping[str, Tensor] | None = None) -> Path:
+    """Write a trained model, or one with the given weights, as a checkpoint's `model/`."""
+    weights = trained_state(kind) if state is None else state
+    save_checkpoint_folder(weights, config_of(kind), folder, dtype=torch.float32, max_shard_bytes=1 << 30)
+    (folder / "tokenizer.json").write_text("{}")
+    return folder
+
+
+def plant_outliers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return other weights of the same function, in which one channel of activations dwarfs all others.
+
+    The norms before attention and MLP multiply the channel, and the weights that read it divide by as much.
+    """
+    planted = {name: tensor.clone() for name, tensor in state.items()}
+    for name, tensor in planted.items():
+        if name.endswith("layernorm.weight") and ".self_attn." not in name:
+            tensor[0] *= 1e4
+        elif name.endswith(("self_attn.q_proj.weight", "kv_a_proj_with_mqa.weight", "gate_proj.weight", "up_proj.weight")):
+            tensor[:, 0] /= 1e4
+    return planted

@@ -1,0 +1,87 @@
+"""Small finished artefacts for tests of stages."""
+
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ray_ds import storage
+from ray_ds.artifacts import Artifact, Corpus, StageRun, make_digest
+
+WORDS = [
+    "in",
+    "the",
+    "beginning",
+    "God",
+    "created",
+    "heaven",
+    "and",
+    "earth",
+    "without",
+    "form",
+    "void",
+    "darkness",
+    "upon",
+    "face",
+    "of",
+    "deep",
+    "起初",
+    "神创造",
+    "天地",
+    "1611",
+    "verse",
+    "it's",
+    "light,",
+    "good.",
+    "evening;",
+    "morning\n",
+    "first",
+    "day",
+]
+
+
+def stage_run(folder: Path, kind: str, *inputs: Artifact, name: str = "a") -> StageRun:
+    """Return a run that makes an artefact of `kind` below `folder`."""
+    digest = make_digest([kind, name])
+    return StageRun(
+        step=kind.lower(),
+        stage=kind.lower(),
+        stage_version=1,
+        kind=kind,
+        uri=f"{folder}/{kind.lower()}/{digest}",
+        digest=digest,
+        settings={},
+        inputs=inputs,
+    )
+
+
+def book_texts(num_books: int, num_chapters: int, num_words: int = 60) -> dict[str, str]:
+    """Return doc_id -> text of chapters, `0123456789ab-15:book3/7`; the same ones every time."""
+    rng = random.Random(0)
+    return {
+        f"0123456789ab-{book * num_chapters + chapter}:book{book}/{chapter}": " ".join(rng.choices(WORDS, k=num_words))
+        for book in range(num_books)
+        for chapter in range(num_chapters)
+    }
+
+
+def make_corpus(folder: Path, texts: Mapping[str, str], *, num_files: int = 3, name: str = "a") -> Corpus:
+    """Return a corpus of texts by doc_id."""
+    run = stage_run(folder, "Corpus", name=name)
+    rows = list(texts.items())
+    for i in range(num_files):
+        part = rows[i * len(rows) // num_files : (i + 1) * len(rows) // num_files]
+        columns = {"doc_id": [row[0] for row in part], "text": pa.array([row[1] for row in part], pa.large_string())}
+        sink = pa.BufferOutputStream()
+        pq.write_table(pa.table(columns), sink)
+        storage.write_bytes(run.path(f"documents-{i:05d}.parquet"), sink.getvalue())
+    facts: dict[str, Any] = {
+        "documents": {"in": len(rows), "kept": len(rows), "dropped": {}, "quarantined": 0},
+        "bytes": sum(len(text.encode()) for text in texts.values()),
+    }
+    corpus = run.commit(facts, seconds=0.0)
+    assert isinstance(corpus, Corpus)
+    return corpus

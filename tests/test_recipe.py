@@ -1,0 +1,176 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from ray_ds.config.settings import digest_settings
+from ray_ds.errors import ConfigError, InputError
+from ray_ds.recipe import STAGES, find_stage, load_object, load_recipe, prepare_run, step_digest, step_uri
+
+RECIPES = Path(__file__).parent.parent / "jobs" / "recipes"
+TEXT = """
+name = "t"
+run_dir = "/runs/t"
+[[step]]
+stage = "clean"
+settings.inputs = [{ glob = "/text/*.jsonl", source = "s", licence = "l" }]
+[[step]]
+stage = "tokenizer"
+settings.vocab_size = 300
+[[step]]
+name = "big"
+stage = "tokenizer"
+settings.vocab_size = 400
+[[step]]
+stage = "tokenize"
+from = ["tokenizer"]
+"""
+
+
+@pytest.fixture
+def recipe_path(tmp_path: Path) -> Path:
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "hello"}) + "\n")
+    path = tmp_path / "t.toml"
+    path.write_text(TEXT.replace("/text", str(tmp_path)).replace("/runs", str(tmp_path)))
+    return path
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.toml")), ids=lambda path: path.stem)
+def test_shipped_recipes_parse(path: Path) -> None:
+    recipe = load_recipe(str(path), root="/anywhere")
+    assert recipe.name == path.stem
+    assert recipe.run_dir == f"/anywhere/runs/{path.stem}"
+    for step in recipe.steps:
+        digest_settings(step.settings)
+
+
+@pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.name)
+def test_the_table_of_stages_names_what_exists(stage: object) -> None:
+    from ray_ds.recipe import Stage
+
+    assert isinstance(stage, Stage)
+    assert callable(load_object(stage.function))
+    assert isinstance(load_object(stage.settings), type)
+    job = Path(__file__).parent.parent / "jobs" / f"{stage.job}.py"
+    assert f'run_stage("{stage.name}")' in job.read_text()
+    assert len(job.read_text().splitlines()) <= 25
+
+
+def test_from_defaults_to_the_latest_step_and_can_name_another(recipe_path: Path) -> None:
+    recipe = load_recipe(str(recipe_path))
+    tokenize = recipe.step("tokenize")
+    assert [source.name for source in tokenize.inputs if not isinstance(source, str)] == ["clean", "tokenizer"]
+    recipe_path.write_text(recipe_path.read_text().replace('from = ["tokenizer"]', ""))
+    tokenize = load_recipe(str(recipe_path)).step("tokenize")
+    assert [source.name for source in tokenize.inputs if not isinstance(source, str)] == ["clean", "big"]
+
+
+def test_overrides_win_and_are_marked(recipe_path: Path) -> None:
+    recipe = load_recipe(str(recipe_path), overrides=["--big.vocab_size=500", "--run_dir=/elsewhere"])
+    assert recipe.step("big").settings.vocab_size == 500
+    assert recipe.step("big").given == {"vocab_size": "command line"}
+    assert recipe.step("tokenizer").given == {"vocab_size": "t.toml"}
+    assert recipe.run_dir == "/elsewhere"
+
+
+def test_a_changed_setting_reaches_only_what_follows(recipe_path: Path) -> None:
+    plain = load_recipe(str(recipe_path))
+    changed = load_recipe(str(recipe_path), overrides=["--tokenizer.vocab_size=301"])
+    same = {step.name for step in plain.steps if step_digest(step) == step_digest(changed.step(step.name))}
+    assert same == {"clean", "big"}
+
+
+def test_changed_input_changes_every_digest(recipe_path: Path) -> None:
+    recipe = load_recipe(str(recipe_path))
+    before = [step_digest(step) for step in recipe.steps]
+    (recipe_path.parent / "a.jsonl").write_text(json.dumps({"text": "other"}) + "\n")
+    after = [step_digest(step) for step in recipe.steps]
+    assert all(old != new for old, new in zip(before, after, strict=True))
+    assert step_uri(recipe, recipe.steps[0]).endswith(f"/t/clean/{after[0]}")
+
+
+def test_missing_input_is_an_error(recipe_path: Path) -> None:
+    (recipe_path.parent / "a.jsonl").unlink()
+    with pytest.raises(InputError, match=r"must"):
+        step_digest(load_recipe(str(recipe_path)).steps[0])
+
+
+def test_an_unfinished_input_names_the_step_to_run(recipe_path: Path) -> None:
+    recipe = load_recipe(str(recipe_path))
+    with pytest.raises(Exception, match=r"\(no manifest\) must be a finished Corpus; run step clean first"):
+        prepare_run(recipe, recipe.step("tokenizer"))
+
+
+def test_relative_paths_need_a_root(recipe_path: Path) -> None:
+    recipe_path.write_text(recipe_path.read_text().replace(f'run_dir = "{recipe_path.parent}/t"', 'run_dir = "runs/t"'))
+    with pytest.raises(ConfigError, match=r"run_dir \(runs/t\) must be absolute, because .*; write an absolute path"):
+        load_recipe(str(recipe_path))
+    assert load_recipe(str(recipe_path), root="/r").run_dir == "/r/runs/t"
+
+
+def test_a_relative_input_needs_a_root(recipe_path: Path) -> None:
+    text = recipe_path.read_text().replace(f'glob = "{recipe_path.parent}/*.jsonl"', 'glob = "text/*.jsonl"')
+    recipe_path.write_text(text)
+    with pytest.raises(ConfigError, match=r"clean.inputs.0.glob \(text/\*.jsonl\) must be absolute"):
+        load_recipe(str(recipe_path))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('name = "t"', 'nam = "t"', r"t.toml: nam \(unknown\) must be name, run_dir or \[\[step\]\]; remove it"),
+        ('name = "t"', "name = 3", r"t.toml: name \(3\) must be a string; add it"),
+        ('name = "t"', 'name = "t', r"recipe \(.*t.toml\) must be valid TOML \(.*\); correct the file"),
+        ('stage = "clean"', 'stage = "wash"', r"stage \(wash\) must be one of clean, tokenizer, tokenize, train"),
+        (
+            'stage = "clean"',
+            'stage = "clean"\nfoo = 1',
+            r"t.toml: clean.foo \(unknown\) must be name, stage, from or se",
+        ),
+        ('name = "big"', 'name = "tokenizer"', r"t.toml: tokenizer.name \(tokenizer\) must be letters.* used once"),
+        (
+            'from = ["tokenizer"]',
+            'from = ["tok"]',
+            r"t.toml: tokenize.from \(tok\) must name earlier steps \(clean, to",
+        ),
+        ("vocab_size = 400", "vocab_sise = 400", r"t.toml: big.vocab_sise \(400\) must be one of the known settings"),
+        ("vocab_size = 400", 'vocab_size = "4"', r"t.toml: big.vocab_size \(4\) must be a valid integer"),
+        ("vocab_size = 400", "vocab_size = 4", r"t.toml: big.vocab_size \(4\) must be from 259"),
+    ],
+)
+def test_bad_recipes_are_refused(recipe_path: Path, old: str, new: str, message: str) -> None:
+    assert old in recipe_path.read_text()
+    recipe_path.write_text(recipe_path.read_text().replace(old, new, 1))
+    with pytest.raises(ConfigError, match=message):
+        load_recipe(str(recipe_path))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("big.vocab_size=5", r"override \(big.vocab_size=5\) must look like --step.field=value"),
+        ("--bog.vocab_size=5", r"override \(--bog.vocab_size=5\) must start with a step's name: --clean.FIELD=VALUE"),
+        ("--big.vocab_size.x=5", r"must not go below vocab_size, which is a plain value"),
+        ("--big.vocab=5", r"big.vocab \(5\) must be one of the known settings"),
+        ("--big.vocab_size=1e-4", r"big.vocab_size \(0.0001\) must be a valid integer"),
+    ],
+)
+def test_bad_overrides_are_refused(recipe_path: Path, override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_recipe(str(recipe_path), overrides=[override])
+
+
+def test_a_recipe_needs_the_steps_it_reads_from(recipe_path: Path) -> None:
+    recipe_path.write_text('name = "t"\nrun_dir = "/r"\n[[step]]\nstage = "tokenizer"\n')
+    with pytest.raises(ConfigError, match=r"tokenizer.from \(\[\]\) must name what makes a Corpus; add a step"):
+        load_recipe(str(recipe_path))
+
+
+def test_a_missing_recipe_is_an_error() -> None:
+    with pytest.raises(ConfigError, match=r"recipe \(/absent.toml\) must be a TOML file; check the path"):
+        load_recipe("/absent.toml")
+
+
+def test_an_unknown_stage_is_an_error() -> None:
+    with pytest.raises(ConfigError, match=r"stage \(washing\) must be one of"):
+        find_stage("washing")

@@ -1,0 +1,81 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from ray_ds.artifacts import Artifact, Corpus, SourceFile, StageRun
+from ray_ds.errors import ArtifactError
+from ray_ds.recipe import load_recipe, prepare_run
+from ray_ds.report import settings_lines, status_lines, summary_lines, trace_lines
+
+TEXT = """
+name = "t"
+run_dir = "FOLDER/runs"
+[[step]]
+stage = "clean"
+settings.inputs = [{ glob = "FOLDER/*.jsonl", source = "mine", licence = "CC0-1.0" }]
+[[step]]
+stage = "tokenizer"
+settings.vocab_size = 300
+"""
+
+
+@pytest.fixture
+def recipe_path(tmp_path: Path) -> Path:
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "hello"}) + "\n")
+    path = tmp_path / "t.toml"
+    path.write_text(TEXT.replace("FOLDER", str(tmp_path)))
+    return path
+
+
+def finish(recipe_path: Path, step: str) -> Artifact:
+    """Commit an artefact of a step without running it."""
+    recipe = load_recipe(str(recipe_path))
+    run: StageRun = prepare_run(recipe, recipe.step(step))
+    source = SourceFile(uri=f"{recipe_path.parent}/a.jsonl", bytes=18, sha256="ab" * 32, source="mine", licence="CC0")
+    return run.commit({}, seconds=2.0, sources=[source] if run.kind == Corpus.kind else [])
+
+
+def test_status_tells_finished_begun_and_to_do(recipe_path: Path) -> None:
+    recipe = load_recipe(str(recipe_path))
+    assert [line.split()[2] for line in status_lines(recipe)] == ["state", "to", "to"]
+    finish(recipe_path, "clean")
+    rows = [line.split() for line in status_lines(recipe)]
+    assert rows[1][:4] == ["clean", "clean", "finished", "2.0"]
+
+
+def test_status_shows_errors_instead_of_failing(recipe_path: Path) -> None:
+    (recipe_path.parent / "a.jsonl").unlink()
+    assert "must" in status_lines(load_recipe(str(recipe_path)))[1]
+
+
+def test_show_gives_value_origin_and_docstring(recipe_path: Path) -> None:
+    recipe = load_recipe(str(recipe_path), overrides=["--clean.mask_pii=false"])
+    lines = settings_lines(recipe)
+    assert "  mask_pii = false  (command line)" in lines
+    assert "  vocab_size = 300  (t.toml)" in lines
+    assert "  exact_duplicates = true  (default)" in lines
+    assert all(lines[i + 1].strip() for i, line in enumerate(lines) if line.startswith("  ") and " = " in line)
+
+
+def test_trace_leads_to_the_input_files(recipe_path: Path) -> None:
+    finish(recipe_path, "clean")
+    made = finish(recipe_path, "tokenizer")
+    lines = trace_lines(made.uri)
+    assert [line.split()[0] for line in lines] == ["Tokenizer", "Corpus", "file"]
+    assert "a.jsonl" in lines[2] and "mine; CC0" in lines[2]
+
+
+def test_trace_notices_an_ancestor_made_anew(recipe_path: Path) -> None:
+    corpus = finish(recipe_path, "clean")
+    made = finish(recipe_path, "tokenizer")
+    manifest = Path(corpus.path("manifest.json"))
+    manifest.write_text(manifest.read_text().replace('"seconds": 2.0', '"seconds": 3.0'))
+    with pytest.raises(ArtifactError, match=r"must have sha256 \w{12}, as its descendant says; it was made anew since"):
+        trace_lines(made.uri)
+
+
+def test_the_summary_is_a_table(recipe_path: Path) -> None:
+    recipe = load_recipe(str(recipe_path))
+    lines = summary_lines(recipe, {"documents": {"in": 1200, "kept": 3}, "xz_bits_per_byte": 1.88123})
+    assert [" ".join(line.split()) for line in lines[1:3]] == ["documents in 1,200, kept 3", "xz bits per byte 1.881"]

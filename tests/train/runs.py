@@ -1,0 +1,110 @@
+"""Small training runs for tests: shards to train on, settings, and processes that train without Ray."""
+
+import dataclasses
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.multiprocessing as multiprocessing
+
+from ray_ds.config.settings import decode_settings
+from ray_ds.config.train import TrainSettings
+from ray_ds.data.shards import write_shard
+from ray_ds.train.task import TrainTask
+
+VOCAB_SIZE = 300
+SMALL = {
+    "model": {"preset": "tiny"},
+    "seq_len": 16,
+    "batch_tokens": 256,
+    "micro_batch": 4,
+    "steps": 8,
+    "precision": "fp32",
+    "optimizer": {"kind": "adamw", "lr": 1e-2},
+    "schedule": {"warmup_steps": 2},
+    "checkpoint_every": 3,
+    "log_every": 1,
+    "device": "cpu",
+    "num_workers": 2,
+}
+"""16 rows of 16 tokens a step, 4 micro-batches, 8 steps, 2 processes."""
+
+
+def make_settings(**changes: Any) -> TrainSettings:
+    """Return the small settings with changes."""
+    return decode_settings(TrainSettings, {**SMALL, **changes}, where="train")
+
+
+def write_shards(folder: Path) -> None:
+    """Write two shards a split, of documents that count upwards from a random start: easily learnt."""
+    rng = np.random.default_rng(0)
+    for split in ("train", "validation"):
+        for shard in range(2):
+            starts = rng.integers(3, VOCAB_SIZE, size=20)
+            documents = [np.array([0, *(3 + (np.arange(40) + start) % (VOCAB_SIZE - 3))], np.uint16) for start in starts]
+            names = [f"{split}-{shard}-{number}" for number in range(len(documents))]
+            (folder / split).mkdir(parents=True, exist_ok=True)
+            write_shard(str(folder / split / f"{shard}.arrow"), documents, names, np.uint16)
+    (folder / "tokenizer.json").write_text("{}")
+
+
+def make_task(folder: Path, settings: TrainSettings, name: str = "run") -> TrainTask:
+    """Return a run over the shards in `folder`, made if they are not there."""
+    shards = folder / "shards"
+    if not shards.exists():
+        write_shards(shards)
+    return TrainTask(
+        settings=settings,
+        config=settings.model.resolve(VOCAB_SIZE, settings.seq_len),
+        shards=str(shards),
+        checkpoints=str(folder / name / "work" / "checkpoints"),
+        output=str(folder / name),
+        bos_token_id=0,
+        eos_token_id=1,
+        device="cpu",
+    )
+
+
+def train_in_processes(task: TrainTask, *, die_at_step: int | None = None) -> None:
+    """Run a task in as many processes as its settings have workers; the last one may kill itself after a step."""
+    os.environ |= {"DS_ACCELERATOR": "cpu", "TORCHDYNAMO_DISABLE": "1"}
+    store = Path(task.output) / f"store-{os.urandom(4).hex()}"
+    store.parent.mkdir(parents=True, exist_ok=True)
+    world_size = task.settings.num_workers
+    multiprocessing.spawn(_run_rank, (world_size, str(store), task.to_dict(), die_at_step), nprocs=world_size)
+
+
+def read_records(task: TrainTask) -> list[dict[str, Any]]:
+    """Return the figures of a finished run."""
+    return [json.loads(line) for line in (Path(task.output) / "metrics.jsonl").read_text().splitlines()]
+
+
+def curve(records: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
+    """Return what must not depend on when a run was interrupted."""
+    return [(r["step"], r["loss"], r["lr"], r["grad_norm"], r.get("max_violation")) for r in records]
+
+
+@dataclasses.dataclass
+class PlainHost:
+    """A process that trains without Ray."""
+
+    rank: int
+    world_size: int
+    die_at_step: int | None = None
+    device: torch.device = torch.device("cpu")
+
+    def report(self, record: Any) -> None:
+        if self.rank == self.world_size - 1 and record["step"] == self.die_at_step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _run_rank(rank: int, world_size: int, store: str, raw: dict[str, Any], die_at_step: int | None) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+    from ray_ds.train.loop import train
+
+    train(TrainTask.from_dict(raw), PlainHost(rank, world_size, die_at_step))
