@@ -1,6 +1,7 @@
 """Submitting a recipe's steps as Ray jobs and following their logs."""
 
 import asyncio
+import logging
 import os
 import secrets
 import sys
@@ -59,6 +60,7 @@ def submit_step(client: Any, step: Step, request: JobRequest) -> str:
     Raises:
         ConfigError: the recipe is not below the working directory, or that holds no `jobs/`.
     """
+    logging.getLogger("ray").setLevel(logging.ERROR)  # its notes on packaging are not for the user
     here = Path.cwd()
     if not (here / "jobs" / f"{step.stage.job}.py").is_file():
         raise ConfigError(

@@ -3,8 +3,8 @@
 The rules are Gopher's (arXiv 2112.11446, table A1) and FineWeb's (arXiv 2406.17557). Numbers for Chinese are those of
 FineWeb-2's `cmn_Hani`, which count words of a segmenter; here a Chinese word is taken as 1.6 characters, so that no
 segmenter is needed: an n-gram of 5 words becomes one of 8 characters. FineWeb-2's limits of repeated n-grams serve both
-languages: Gopher's (0.15 to 0.10) drop 6 % of the King James chapters for their formulas, these 2 %. Left out is Gopher's
-upper limit of words, which books exceed. The formula of each metric is in `metrics.py`.
+languages: Gopher's (0.15 to 0.10) drop 6 % of the King James chapters for their formulas, these 2 %. Left out is
+Gopher's upper limit of words, which books exceed. The formula of each metric is in `metrics.py`.
 """
 
 from dataclasses import dataclass
@@ -80,36 +80,7 @@ PROFILES: dict[Language, Profile] = {
         min_tokens=80,
         mean_token_chars=(1, 3),
         min_letter_share=0.70,
-        stop_words=frozenset(
-            [
-                "的",
-                "一",
-                "是",
-                "在",
-                "不",
-                "了",
-                "有",
-                "和",
-                "人",
-                "这",
-                "這",
-                "中",
-                "为",
-                "為",
-                "上",
-                "个",
-                "個",
-                "也",
-                "而",
-                "之",
-                "其",
-                "以",
-                "所",
-                "于",
-                "於",
-                "者",
-            ]
-        ),
+        stop_words=frozenset("的一是在不了有和人这這中为為上个個也而之其以所于於者"),
         min_punctuated_line_share=0.106,
         max_short_line_share=1.0,  # a full Chinese line often has less than 30 characters
         max_lines_per_token=0.111,

@@ -20,11 +20,13 @@ _NOT_DOMAINS = frozenset(
 """Endings of file names such as icon@2x.png."""
 _IPV4 = re.compile(r"(?<![A-Za-z0-9._-])(?:\d{1,3}\.){3}\d{1,3}(?![A-Za-z0-9_-]|\.\d)")
 _IPV6 = re.compile(r"(?<![A-Za-z0-9:._])[23][0-9A-Fa-f]{3}(?::[0-9A-Fa-f]{0,4}){2,7}(?![A-Za-z0-9:._]*[A-Za-z0-9:])")
-_VERSION_BEFORE = re.compile(r"(?:\bv|\bver\.?|version|release|revision|section|版本|版|第|[=<>~^!]=?|[/@-])\s*$", re.I)
+_VERSION_BEFORE = re.compile(
+    r"(?:\bv|\bver\.?|version|release|revision|section|版本|版|第|[=<>~^!]=|[=~^]|(?<![A-Z])[<>]|[/@-])\s*$", re.I
+)
 _LARGEST_VERSION_PART = 19
 """An IPv4 address with no part above this reads as a version or section number; one random address in 27,000 does."""
 _PHONE = re.compile(
-    r"(?<![A-Za-z0-9._+/=-])(?<!\d[ ,])(?:"
+    r"(?<![A-Za-z0-9._+/=-])(?:"
     r"(?P<international>\+[1-9]\d{0,2}(?:[ .-]?\(\d{1,4}\))?(?:[ .-]?\d{2,5}){2,5})"
     r"|(?P<american>(?:1[-. ])?(?:\([2-9]\d{2}\) ?|[2-9]\d{2}[-.])[2-9]\d{2}[-.]\d{4})"
     r"|(?P<mobile>1[3-9]\d(?:[ -]?\d{4}){2})"

@@ -45,9 +45,9 @@ class Counts:
         )
 
     def unigram(self, targets: Ids) -> Probabilities:
-        """Return c(w) / N of each target."""
-        frequencies: Probabilities = self.tokens[targets] / max(int(self.tokens.sum()), 1)
-        return frequencies
+        """Return c(w) / N of each target; 1 / V where nothing was counted."""
+        total = int(self.tokens.sum())
+        return self.tokens[targets] / total if total else np.full(len(targets), 1 / self.vocab_size)
 
     def bigram(self, contexts: Ids, targets: Ids) -> Probabilities:
         """Return c(v, w) / c(v) of each pair; 0 where the context was never seen."""
@@ -70,7 +70,8 @@ class Bigram:
 
     l(v) is one weight for all contexts with the same floor(log2 c(v)). The weights are those that make the held-out
     tenth of the training tokens likeliest, found by EM with counts of the other nine; the counts are then taken over
-    all of them. Source: Jelinek and Mercer 1980; Chen and Goodman 1998, 2.3.
+    all of them. EM has half a made-up observation on either side, so that no weight is 1 and no token impossible.
+    Source: Jelinek and Mercer 1980; Chen and Goodman 1998, 2.3.
     """
 
     counts: Counts
@@ -127,7 +128,7 @@ def _fit_weights(main: Probabilities, backoff: Probabilities, buckets: Ids, num_
     for _ in range(MAX_EM_ROUNDS):
         weight = weights[buckets]
         share = weight * main / (weight * main + (1 - weight) * backoff)
-        updated = np.where(sizes, np.bincount(buckets, share, num_buckets) / np.maximum(sizes, 1), weights)
+        updated = (np.bincount(buckets, share, num_buckets) + 0.5) / (sizes + 1)
         change = np.abs(updated - weights).max()
         weights = updated
         if change < EM_TOLERANCE:

@@ -50,9 +50,10 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         later = torch.full((num_tokens, num_tokens), float("-inf"), dtype=q.dtype).triu(1)
         scores = (q * scale) @ k.transpose(-1, -2) + later  # (B, H, T, T)
         return scores.softmax(dim=-1, dtype=torch.float32).to(v.dtype) @ v
-    # The fused kernels want values as wide as keys; zeros added here are cut off again.
-    padded = F.pad(v, (0, key_dim - v.shape[-1]))  # (B, H, T, qk_head_dim)
-    return F.scaled_dot_product_attention(q, k, padded, is_causal=True, scale=scale)[..., : v.shape[-1]]
+    # The fused kernels want values as wide as keys; zeros in keys add nothing to scores, those in values are cut off.
+    width = max(key_dim, v.shape[-1])
+    q, k, wide_v = (F.pad(tensor, (0, width - tensor.shape[-1])) for tensor in (q, k, v))  # (B, H, T, width)
+    return F.scaled_dot_product_attention(q, k, wide_v, is_causal=True, scale=scale)[..., : v.shape[-1]]
 
 
 class LatentAttention(nn.Module):

@@ -127,7 +127,7 @@ def _run_unit(
     """
     commit_uri = storage.join(root, folder, "commits", unit.commit_name)
     done = _read_commit(commit_uri) if storage.exists(commit_uri) else None
-    if done is None or not all(storage.exists(storage.join(root, info.path)) for info in done.files):
+    if done is None or not all(_size(storage.join(root, info.path)) == info.bytes for info in done.files):
         _log_attempt(unit, root=root, folder=folder)
         files: list[FileInfo] = []
         facts = work(unit.payload, partial(_publish, root=root, files=files))
@@ -135,6 +135,13 @@ def _run_unit(
         data = json.dumps(asdict(done), sort_keys=True, ensure_ascii=False).encode()
         storage.write_bytes(commit_uri, data)
     yield pa.table({"commit": pa.array([_COMMIT.dump_json(done)], type=pa.binary())})
+
+
+def _size(uri: str) -> int | None:
+    """Return the size of a file; None where there is none."""
+    system, path = storage.filesystem(uri)
+    size: int | None = system.get_file_info(path).size
+    return size
 
 
 def _publish(path: str, data: bytes, *, root: str, files: list[FileInfo]) -> None:
@@ -189,7 +196,7 @@ def _execute(source: _UnitSource, max_running: int | None) -> Iterator[Commit]:
         source,
         override_num_blocks=len(source.units),
         concurrency=max_running,
-        ray_remote_args={"scheduling_strategy": "SPREAD"},
+        num_cpus=1,
     )
     with user_errors():
         for row in dataset.iter_rows():

@@ -40,6 +40,7 @@ class SlotModel(Protocol):
 class TokenTable(Protocol):
     """What the engine asks of a tokenizer."""
 
+    vocab_size: int
     bos_id: int
     eos_id: int
 
@@ -204,6 +205,8 @@ class Engine:
 
     def _advance(self, answers: Sequence[RunningAnswer], logits: Tensor) -> None:
         """Sample one token for each row of `logits` (B, V) and send what it makes certain."""
+        # A model may have more rows than its tokenizer has tokens; those were never trained.
+        logits = logits[:, : self._tokenizer.vocab_size]
         is_finite = logits.isfinite().all(dim=-1).tolist()
         params = [answer.request.params for answer in answers]
         tokens = draw_tokens(logits, params, [answer.random.random() for answer in answers])

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import ray
 import torch
+from pydantic import JsonValue
 
 from ray_ds import storage
 from ray_ds.artifacts import Artifact, Checkpoint, StageRun, TokenShards
 from ray_ds.config.quantize import QuantizeSettings
-from ray_ds.config.settings import JsonValue
 from ray_ds.data.shards import TokenSplit
-from ray_ds.errors import ArtifactError
+from ray_ds.errors import ArtifactError, InputError
 from ray_ds.evaluate.models import MODEL_FOLDER, local_model_folder
 from ray_ds.evaluate.perplexity import micro_batches, sum_loss
 from ray_ds.evaluate.spans import plan_spans
@@ -65,7 +65,7 @@ def quantize(settings: QuantizeSettings, run: StageRun) -> Artifact:
         num_workers=1,
         cpus_per_worker=settings.threads,
         gpus_per_worker=num_gpus,
-        field=f"{run.step}.{'device' if num_gpus else 'threads'}",
+        field=f"{run.step}: tasks",
     )
     job = QuantizeJob(
         checkpoint=checkpoint,
@@ -95,6 +95,7 @@ def quantize_and_measure(job: QuantizeJob) -> Iterator[Report]:
 
     Raises:
         ArtifactError: the checkpoint or the shards are damaged, or the perplexity grows by too much.
+        InputError: the validation split has no token to predict.
     """
     torch.set_num_threads(job.settings.threads)
     with tempfile.TemporaryDirectory() as scratch:
@@ -102,6 +103,10 @@ def quantize_and_measure(job: QuantizeJob) -> Iterator[Report]:
         sizes = quantize_folder(source, target, max_shard_bytes=job.settings.max_shard_bytes)
         split = TokenSplit.open(job.shards.uri, "validation", Path(scratch))
         spans = plan_spans(split, read_config(source).max_position_embeddings, job.settings.gate_tokens)
+        if not spans:
+            raise InputError(
+                job.shards.path("validation"), "no text", "must hold some text", "raise validation_fraction"
+            )
         batches = micro_batches(spans, job.settings.micro_batch)
         nats = list[float]()
         for is_int8 in (False, True):

@@ -7,7 +7,7 @@ import time
 from ray_ds import storage
 from ray_ds.artifacts import Artifact, Checkpoint, QuantizedModel, StageRun
 from ray_ds.config.serve import ServeSettings
-from ray_ds.errors import ConfigError
+from ray_ds.errors import ArtifactError, ConfigError
 from ray_ds.logs import Progress, log_event
 from ray_ds.model.hugging_face import from_hf_config
 from ray_ds.on_ray.endpoint import check_route, deploy, start_proxy
@@ -15,6 +15,7 @@ from ray_ds.on_ray.preflight import check_cluster
 from ray_ds.on_ray.replica import build_application
 from ray_ds.serve.client import generate
 from ray_ds.serve.http.auth import hash_api_key
+from ray_ds.tokenizer import load_tokenizer
 
 QUESTION_TOKENS = 32
 
@@ -24,7 +25,7 @@ def serve(settings: ServeSettings, run: StageRun) -> Artifact:
     started = time.monotonic()
     model = run.input(QuantizedModel, Checkpoint)
     model.verify_files()
-    check_max_model_len(settings, model, run.step)
+    check_model(settings, model, run.step)
     api_key = find_api_key(settings, run.step)
     check_cluster(
         run.uri,
@@ -47,17 +48,25 @@ def serve(settings: ServeSettings, run: StageRun) -> Artifact:
     return run.commit(facts, seconds=time.monotonic() - started)
 
 
-def check_max_model_len(settings: ServeSettings, model: Artifact, step: str) -> None:
-    """Refuse more tokens than the model was made for.
+def check_model(settings: ServeSettings, model: Artifact, step: str) -> None:
+    """Refuse more tokens than the model was made for, and a tokenizer that is not the model's.
 
     Raises:
-        ConfigError: `max_model_len` is larger.
+        ConfigError: `max_model_len` is too large.
+        ArtifactError: the tokenizer has ids that the model does not know.
     """
     config = from_hf_config(json.loads(storage.read_bytes(model.path("model", "config.json"))))
     longest = config.max_position_embeddings
     if settings.max_model_len is not None and settings.max_model_len > longest:
         allowed = f"must be at most {longest}, what the model was made for"
         raise ConfigError(f"{step}.max_model_len", settings.max_model_len, allowed, "lower it or leave it out")
+    uri = model.path("model", "tokenizer.json")
+    num_tokens = load_tokenizer(uri).vocab_size
+    if num_tokens > config.vocab_size:
+        allowed = f"must have at most the {config.vocab_size} tokens that the model knows"
+        raise ArtifactError(
+            uri, f"{num_tokens} tokens", allowed, "make the model anew; its files do not belong together"
+        )
 
 
 def find_api_key(settings: ServeSettings, step: str) -> str | None:

@@ -3,7 +3,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from quantize.tiny_models import Kind, config_of, make_tokens, trained_state, write_checkpoint
 from safetensors.torch import load_file, save_file
 from transformers import DeepseekV3ForCausalLM
 
@@ -12,6 +11,7 @@ from ray_ds.model.checkpoint_folder import read_tensors, save_checkpoint_folder
 from ray_ds.model.decoder import Decoder
 from ray_ds.quantize import dequantize_state, load_quantized, quantize_folder
 from ray_ds.quantize.layout import is_quantized
+from tests.quantize.tiny_models import Kind, config_of, make_tokens, trained_state, write_checkpoint
 
 ONE_FILE = 1 << 30
 

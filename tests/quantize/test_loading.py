@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from quantize.tiny_models import SEQ_LEN, Kind, make_tokens, write_checkpoint
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -14,6 +13,7 @@ from ray_ds.model.checkpoint_folder import load_checkpoint_folder
 from ray_ds.model.decoder import Decoder
 from ray_ds.quantize import integer_road, load_quantized, quantize_folder, self_test
 from ray_ds.quantize.kernels import Road
+from tests.quantize.tiny_models import SEQ_LEN, Kind, make_tokens, write_checkpoint
 
 
 @pytest.fixture(scope="module", params=["dense", "moe"])
@@ -175,3 +175,16 @@ def test_a_missing_file_is_named(folders: tuple[Path, Path], tmp_path: Path) -> 
 def test_a_checkpoint_is_not_taken_for_an_int8_model(folders: tuple[Path, Path]) -> None:
     with pytest.raises(ArtifactError, match=r"config.json \(no quantization_config\) must hold the quantization_conf"):
         load_quantized(folders[0])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gpu_gives_the_logits_of_the_cpu(folders: tuple[Path, Path], dtype: torch.dtype) -> None:
+    tokens = make_tokens(8, SEQ_LEN, seed=505)
+    with torch.inference_mode():
+        expected = load_quantized(folders[1], dtype=dtype)(tokens)
+        decoder = load_quantized(folders[1], device="cuda", dtype=dtype)
+        found = decoder(tokens.cuda()).cpu()
+    assert integer_road(decoder) == "cuda_int_mm"
+    assert relative_error(found, expected) < 0.02
+    assert (found.argmax(-1) == expected.argmax(-1)).float().mean() > 0.98

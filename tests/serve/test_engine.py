@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
+import torch
 
 from ray_ds.serve.engine import PREFILL_TOKENS, Engine, EngineStoppedError, QueueFullError
 from ray_ds.serve.requests import Event, Failure, GenerationRequest, Piece, SamplingParams
@@ -153,6 +154,21 @@ def test_logits_that_are_no_numbers_fail_their_own_request_only(engine, model, m
     assert isinstance(collect(queues[0])[-1], Failure)
     assert collect(queues[1])[-1].finish_reason == "length"
     assert engine.failure is None
+
+
+def test_ids_that_the_tokenizer_does_not_know_are_never_drawn(fake_model, tokenizer, monkeypatch) -> None:
+    original = fake_model._logits
+    unknown = torch.full((7,), 99.0)
+    monkeypatch.setattr(fake_model, "_logits", lambda self, slot: torch.cat((original(self, slot), unknown)))
+    wider, same = Engine(fake_model(), tokenizer, max_queued=0), request([5], seed="1")
+    wider.start()
+    text = answer(wider, same)
+    wider.close()
+    monkeypatch.setattr(fake_model, "_logits", original)
+    plain = Engine(fake_model(), tokenizer, max_queued=0)
+    plain.start()
+    assert answer(plain, same) == text
+    plain.close()
 
 
 def test_closing_ends_open_requests(engine, model) -> None:

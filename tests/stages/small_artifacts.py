@@ -11,36 +11,8 @@ import pyarrow.parquet as pq
 from ray_ds import storage
 from ray_ds.artifacts import Artifact, Corpus, StageRun, make_digest
 
-WORDS = [
-    "in",
-    "the",
-    "beginning",
-    "God",
-    "created",
-    "heaven",
-    "and",
-    "earth",
-    "without",
-    "form",
-    "void",
-    "darkness",
-    "upon",
-    "face",
-    "of",
-    "deep",
-    "起初",
-    "神创造",
-    "天地",
-    "1611",
-    "verse",
-    "it's",
-    "light,",
-    "good.",
-    "evening;",
-    "morning\n",
-    "first",
-    "day",
-]
+OPENING = "in the beginning God created heaven and earth without form, void; darkness upon the face of the deep\n"
+WORDS = [*OPENING.split(" "), "起初", "神创造", "天地", "1611", "it's", "light."]
 
 
 def stage_run(folder: Path, kind: str, *inputs: Artifact, name: str = "a") -> StageRun:

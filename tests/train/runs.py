@@ -45,7 +45,9 @@ def write_shards(folder: Path) -> None:
     for split in ("train", "validation"):
         for shard in range(2):
             starts = rng.integers(3, VOCAB_SIZE, size=20)
-            documents = [np.array([0, *(3 + (np.arange(40) + start) % (VOCAB_SIZE - 3))], np.uint16) for start in starts]
+            documents = [
+                np.array([0, *(3 + (np.arange(40) + start) % (VOCAB_SIZE - 3))], np.uint16) for start in starts
+            ]
             names = [f"{split}-{shard}-{number}" for number in range(len(documents))]
             (folder / split).mkdir(parents=True, exist_ok=True)
             write_shard(str(folder / split / f"{shard}.arrow"), documents, names, np.uint16)
@@ -95,7 +97,7 @@ class PlainHost:
     rank: int
     world_size: int
     die_at_step: int | None = None
-    device: torch.device = torch.device("cpu")
+    device: torch.device = dataclasses.field(default_factory=lambda: torch.device("cpu"))
 
     def report(self, record: Any) -> None:
         if self.rank == self.world_size - 1 and record["step"] == self.die_at_step:

@@ -85,6 +85,7 @@ def _health(service: CompletionService) -> dict[str, Any]:
         "max_model_len": service.engine.max_model_len,
         "num_running": stats.num_running,
         "num_waiting": stats.num_waiting,
+        "num_tokens": stats.num_tokens,
     }
 
 

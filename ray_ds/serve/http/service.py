@@ -3,21 +3,14 @@
 from dataclasses import dataclass
 from typing import Protocol
 
-from ray_ds.serve.engine import Engine
+from ray_ds.serve.engine import Engine, TokenTable
 
 
-class ServingTokenizer(Protocol):
+class ServingTokenizer(TokenTable, Protocol):
     """What the routes ask of a tokenizer."""
-
-    vocab_size: int
-    bos_id: int
-    eos_id: int
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text, without special tokens."""
-
-    def token_bytes(self, token_id: int) -> bytes:
-        """Return the bytes one id stands for."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,0 +1,101 @@
+from typing import Any
+
+import pytest
+
+from ray_ds.config.settings import decode_settings, digest_settings
+from ray_ds.config.train import Muon, TrainSettings
+from ray_ds.errors import ConfigError
+
+PLAIN: dict[str, Any] = {
+    "model": {"preset": "tiny"},
+    "seq_len": 2048,
+    "batch_tokens": 16384,
+    "micro_batch": 4,
+    "steps": 1000,
+}
+
+
+def decode(**changes: Any) -> TrainSettings:
+    given = {**PLAIN, **changes}
+    raw = {name: value for name, value in given.items() if value is not None}
+    return decode_settings(TrainSettings, raw, where="demo.toml: pretrain")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"batch_tokens": 500000},
+            "batch_tokens (500000) must be a multiple of micro_batch * seq_len (4 * 2048 = 8192); try 507904.",
+        ),
+        (
+            {"num_workers": 3},
+            "batch_tokens (16384) must be a multiple of num_workers * micro_batch * seq_len (3 * 4 * 2048 = 24576); "
+            "try 24576, or another num_workers.",
+        ),
+        ({"steps": None}, "steps or tokens (neither) must be given, exactly one of them; give one."),
+        ({"tokens": 10**6}, "steps or tokens (1000 and 1000000) must be given, exactly one of them; give one."),
+        (
+            {"steps": 100},
+            "schedule.warmup_steps (100) must be below the number of steps (100); lower it.",
+        ),
+        (
+            {"optimizer": {"kind": "muon"}},
+            "gradient_clipping (1.0) must be 0 with Muon in ZeRO 1-3, where DeepSpeed clips the orthogonalized update; "
+            "set it to 0 (Muon's update does not grow with the gradient), or set zero_stage to 0.",
+        ),
+        (
+            {"precision": "fp16", "zero_stage": 0},
+            "zero_stage (0) must be 1, 2 or 3 with fp16: DeepSpeed does not scale the loss in ZeRO 0; use 1, or "
+            "precision bf16.",
+        ),
+        (
+            {"micro_batch": 0},
+            "micro_batch (0) must be greater than 0; correct it in the recipe or on the command line.",
+        ),
+        (
+            {"zero_stage": 4},
+            "zero_stage (4) must be 0, 1, 2 or 3; correct it in the recipe or on the command line.",
+        ),
+        (
+            {"precision": "int8"},
+            "precision (int8) must be 'fp32', 'bf16' or 'fp16'; correct it in the recipe or on the command line.",
+        ),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_mistake_is_named(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        decode(**changes)
+    assert str(error.value) == f"demo.toml: pretrain.{message}"
+
+
+def test_unknown_optimizer_and_unknown_rate_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"pretrain\.optimizer .* must be .*'adamw', 'muon'"):
+        decode(optimizer={"kind": "lion"})
+    with pytest.raises(ConfigError, match=r"momentum .* must be one of the known settings"):
+        decode(optimizer={"kind": "adamw", "momentum": 0.9})
+
+
+def test_token_budget_is_rounded_up_to_steps() -> None:
+    settings = decode(steps=None, tokens=10**6 + 1, schedule={"warmup_steps": 5})
+    assert settings.num_steps == 62
+    assert (settings.num_micro_batches, settings.batch_rows) == (2, 8)
+
+
+def test_muon_may_be_clipped_where_deepspeed_clips_the_gradient() -> None:
+    settings = decode(optimizer={"kind": "muon", "lr": 0.01}, zero_stage=0, gradient_clipping=0.5)
+    assert settings.optimizer == Muon(kind="muon", lr=0.01)
+
+
+def test_only_what_changes_the_model_is_in_the_digest() -> None:
+    plain = digest_settings(decode())
+    for name, value in [("num_workers", 2), ("checkpoint_every", 7), ("compile", True), ("max_failures", 0)]:
+        assert digest_settings(decode(**{name: value})) == plain, name
+    for name, value in [
+        ("seed", 1),
+        ("zero_stage", 2),
+        ("precision", "fp32"),
+        ("optimizer", {"kind": "adamw", "lr": 1e-4}),
+    ]:
+        assert digest_settings(decode(**{name: value})) != plain, name

@@ -1,0 +1,92 @@
+"""The model on a CUDA device: the grouped kernels, no waiting for the device, every type, compilation."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from ray_ds.config.model import PRESETS
+from ray_ds.model.caches import LatentCache
+from ray_ds.model.decoder import Decoder
+from ray_ds.model.experts import Experts
+from ray_ds.model.initial import init_weights
+
+pytestmark = pytest.mark.gpu
+
+CONFIG = dataclasses.replace(
+    PRESETS["demo"], n_routed_experts=16, n_group=4, topk_group=2, num_experts_per_tok=4, q_lora_rank=64
+)
+
+
+def new_decoder(dtype: torch.dtype) -> Decoder:
+    decoder = Decoder(CONFIG)
+    init_weights(decoder, seed=0)
+    return decoder.to("cuda", dtype)
+
+
+def batch() -> tuple[torch.Tensor, torch.Tensor]:
+    tokens = torch.randint(CONFIG.vocab_size, (4, 129), device="cuda")
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+def test_grouped_kernels_compute_what_the_loop_does():
+    experts = Experts(CONFIG).to("cuda", torch.bfloat16)
+    for parameter in experts.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    rows = torch.randn(100, CONFIG.hidden_size, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    ends = torch.tensor([0, 7, 7, 30] + [60] * 8 + [99] + [100] * 3, device="cuda")
+    leaves = (rows, *experts.parameters())
+    results = []
+    for run in (experts._run, experts._run_grouped):
+        out = run(rows, ends)
+        results.append((out, *torch.autograd.grad(out.float().square().sum(), leaves)))
+    for loop, grouped in zip(*results, strict=True):
+        torch.testing.assert_close(grouped, loop, rtol=0.03, atol=0.03)
+
+
+def test_a_training_pass_in_bf16_never_waits_for_the_device():
+    decoder = new_decoder(torch.bfloat16)
+    tokens, targets = batch()
+    decoder(tokens, targets).backward()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        decoder(tokens, targets).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_loss_and_gradients_are_those_of_the_cpu(dtype):
+    decoder = new_decoder(dtype)
+    tokens, targets = batch()
+    loss = decoder(tokens, targets)
+    loss.backward()
+    reference = new_decoder(dtype).float().cpu()
+    wanted = reference(tokens.cpu(), targets.cpu())
+    wanted.backward()
+    assert loss.item() == pytest.approx(wanted.item(), rel=1e-3)
+    found = torch.cat([parameter.grad.float().cpu().flatten() for parameter in decoder.parameters()])
+    expected = torch.cat([parameter.grad.flatten() for parameter in reference.parameters()])
+    tolerance = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.05}[dtype]
+    assert (found - expected).norm() < tolerance * expected.norm()
+
+
+def test_compiled_training_gives_the_eager_loss():
+    decoder = new_decoder(torch.bfloat16)
+    tokens, targets = batch()
+    wanted = decoder(tokens, targets).item()
+    compiled = torch.compile(decoder)
+    loss = compiled(tokens, targets)
+    loss.backward()
+    assert loss.item() == pytest.approx(wanted, rel=1e-3)
+    assert all(parameter.grad is not None for parameter in decoder.parameters())
+
+
+def test_cached_decoding_gives_the_logits_of_a_whole_forward():
+    decoder = new_decoder(torch.float32).eval().requires_grad_(False)
+    tokens, _ = batch()
+    cache = LatentCache(CONFIG, 4, 140, dtype=torch.float32, device="cuda")
+    decoder(tokens[:, :100], cache=cache.rows([3, 2, 1, 0], [100] * 4))
+    for step in range(100, 104):
+        logits = decoder(tokens[:, step : step + 1], cache=cache.rows([3, 2, 1, 0], [1] * 4))
+    torch.testing.assert_close(logits[:, 0], decoder(tokens[:, :104])[:, -1], rtol=1e-3, atol=1e-4)

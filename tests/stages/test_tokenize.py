@@ -1,0 +1,97 @@
+"""The tokenize stage: the same bytes for any number of workers, nothing done twice, clear refusals."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from ray_ds.artifacts import Artifact, Corpus, Tokenizer, TokenShards
+from ray_ds.config.tokenize import TokenizeSettings
+from ray_ds.config.tokenizer import TokenizerSettings
+from ray_ds.data.shards import SPLITS, TokenSplit
+from ray_ds.errors import ArtifactError, ConfigError
+from ray_ds.stages.tokenize import check_counts, tokenize
+from ray_ds.stages.tokenizer import learn
+from ray_ds.tokenizer import load_tokenizer
+from tests.stages.small_artifacts import book_texts, make_corpus, stage_run
+
+TEXTS = book_texts(12, 6)
+SETTINGS = TokenizeSettings(validation_fraction=0.3, hold_out="group")
+
+
+def make_tokenizer(folder: Path, corpus: Corpus) -> Artifact:
+    run = stage_run(folder, "Tokenizer", corpus)
+    return run.commit(learn(TokenizerSettings(vocab_size=400), corpus, "t", run.path("tokenizer.json")), seconds=0.0)
+
+
+def files(artifact: Artifact) -> dict[str, bytes]:
+    return {info.path: Path(artifact.path(info.path)).read_bytes() for info in artifact.manifest.files}
+
+
+@pytest.mark.ray
+def test_same_bytes_for_any_number_of_workers_and_no_work_twice(tmp_path: Path, local_ray: None) -> None:
+    corpus = make_corpus(tmp_path, TEXTS, num_files=5)
+    tokenizer = make_tokenizer(tmp_path, corpus)
+    assert isinstance(tokenizer, Tokenizer)
+    both = tokenize(SETTINGS, stage_run(tmp_path, "TokenShards", corpus, tokenizer, name="many"))
+    one_at_a_time = TokenizeSettings(validation_fraction=0.3, hold_out="group", max_running_units=1)
+    run = stage_run(tmp_path, "TokenShards", corpus, tokenizer, name="one")
+    one = tokenize(one_at_a_time, run)
+    assert isinstance(both, TokenShards)
+    assert files(one) == files(both) and one.manifest.facts == both.manifest.facts
+
+    assert both.fact("vocab_size") == tokenizer.fact("vocab_size") and both.fact("tokenizer_digest") == tokenizer.digest
+    assert sum(both.fact("bytes").values()) == corpus.fact("bytes")
+    bpe = load_tokenizer(both.path("tokenizer.json"))
+    found = {}
+    for name in SPLITS:
+        split = TokenSplit.open(both.uri, name)
+        found |= {i: bpe.decode(t.tolist()) for i, t in zip(split.doc_ids(), split.documents(), strict=True)}
+        assert both.fact("tokens", name) == split.num_tokens and both.fact("documents", name) == split.num_documents
+    assert found == TEXTS
+
+    shard = Path(run.path("train/00001.arrow"))
+    os.utime(shard, ns=(1, 1))
+    Path(run.path("manifest.json")).unlink()
+    Path(run.work_path("units/00003.json")).unlink()  # as if killed before this file was finished
+    Path(run.path("train/00003.arrow")).write_bytes(b"")
+    assert files(tokenize(SETTINGS, run)) == files(both)
+    assert shard.stat().st_mtime_ns == 1
+
+
+@pytest.mark.ray
+def test_error_in_a_task_comes_home_as_it_was(tmp_path: Path, local_ray: None) -> None:
+    corpus = make_corpus(tmp_path, TEXTS)
+    run = stage_run(tmp_path, "TokenShards", corpus, make_tokenizer(tmp_path, corpus))
+    damaged = Path(corpus.path("documents-00001.parquet"))
+    damaged.write_bytes(b"x" * damaged.stat().st_size)
+    with pytest.raises(ArtifactError) as caught:
+        tokenize(SETTINGS, run)
+    assert str(caught.value).startswith(f"{damaged} (") and "must be a parquet file" in str(caught.value)
+
+
+def test_tokenizer_of_another_corpus_is_refused(tmp_path: Path) -> None:
+    corpus, other = make_corpus(tmp_path, TEXTS), make_corpus(tmp_path, TEXTS, name="other")
+    run = stage_run(tmp_path, "TokenShards", corpus, make_tokenizer(tmp_path, other))
+    with pytest.raises(
+        ArtifactError, match=rf"\(trained on corpus {other.digest}\) must be .* tokenized, {corpus.digest}"
+    ):
+        tokenize(SETTINGS, run)
+
+
+@pytest.mark.parametrize(("empty", "advice"), [("validation", "raise it"), ("train", "lower it")])
+def test_empty_split_says_what_to_do(tmp_path: Path, empty: str, advice: str) -> None:
+    corpus = make_corpus(tmp_path, {"a": "b", "c": "d"})
+    documents = {name: 0 if name == empty else 2 for name in SPLITS}
+    with pytest.raises(ConfigError) as caught:
+        check_counts({"documents": documents}, corpus, TokenizeSettings(), "chat_tokens")
+    assert str(caught.value) == (
+        f"chat_tokens.validation_fraction (0.05) must leave documents for {empty}: of 2 it has none "
+        f"(hold_out = document, seed = 0); {advice}, choose another seed, or give more text."
+    )
+
+
+def test_lost_documents_are_noticed(tmp_path: Path) -> None:
+    corpus = make_corpus(tmp_path, {"a": "b", "c": "d", "e": "f"})
+    with pytest.raises(ArtifactError, match=r"\(2\) must have 3 documents, as its manifest says"):
+        check_counts({"documents": {"train": 1, "validation": 1}}, corpus, TokenizeSettings(), "tokenize")

@@ -1,0 +1,55 @@
+from ray_ds.train.zero.config import deepspeed_config
+from tests.train.runs import make_settings
+
+
+def test_bf16_adamw_in_zero_1() -> None:
+    settings = make_settings(precision="bf16", gradient_clipping=0.5)
+    assert deepspeed_config(settings, 2) == {
+        "train_batch_size": 16,
+        "train_micro_batch_size_per_gpu": 4,
+        "gradient_accumulation_steps": 2,
+        "gradient_clipping": 0.5,
+        "zero_optimization": {"stage": 1, "overlap_comm": False, "reduce_scatter": True},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": None,
+        "wall_clock_breakdown": False,
+        "bf16": {"enabled": True},
+    }
+
+
+def test_fp16_muon_in_zero_3() -> None:
+    settings = make_settings(
+        precision="fp16", zero_stage=3, device="cuda", optimizer={"kind": "muon"}, gradient_clipping=0.0
+    )
+    assert deepspeed_config(settings, 1) == {
+        "train_batch_size": 16,
+        "train_micro_batch_size_per_gpu": 4,
+        "gradient_accumulation_steps": 4,
+        "gradient_clipping": 0.0,
+        "zero_optimization": {
+            "stage": 3,
+            "overlap_comm": False,
+            "reduce_scatter": False,
+            "stage3_param_persistence_threshold": 10_000,
+        },
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": None,
+        "wall_clock_breakdown": False,
+        "fp16": {"enabled": True, "loss_scale": 0, "initial_scale_power": 16},
+    }
+
+
+def test_fp32_in_zero_0_names_neither_type_nor_partition() -> None:
+    config = deepspeed_config(make_settings(zero_stage=0), 4)
+    assert config["zero_optimization"] == {"stage": 0}
+    assert config["gradient_accumulation_steps"] == 1
+    assert not {"bf16", "fp16", "optimizer", "scheduler"} & set(config)
+
+
+def test_deepspeed_accepts_every_kind_of_configuration() -> None:
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    for stage in (0, 1, 2, 3):
+        for precision in ("fp32", "bf16", "fp16") if stage else ("fp32", "bf16"):
+            config = DeepSpeedConfig(deepspeed_config(make_settings(precision=precision, zero_stage=stage), 1))
+            assert config.gradient_clipping == 1.0 and config.zero_optimization_stage == stage
