@@ -61,7 +61,8 @@ def _guard(action: Callable[[], int]) -> int:
         return 130
 
 
-def _parser() -> argparse.ArgumentParser:
+def argument_parser() -> argparse.ArgumentParser:
+    """Return the parser of `ray-ds`."""
     parser = _Parser(prog="ray-ds", description="From raw text to a served language model on a Ray cluster.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
@@ -97,7 +98,7 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
 
 
 def _dispatch(arguments: Sequence[str]) -> int:
-    options, rest = _parser().parse_known_args(arguments)
+    options, rest = argument_parser().parse_known_args(arguments)
     if options.command not in ("trace", "generate", "sample-text"):
         options.root = str(Path(options.root or os.getcwd()).resolve())
     elif rest:

@@ -4,8 +4,8 @@ ray job submit --working-dir . -- python -m jobs.bench.quantize --device cpu --t
 """
 
 import argparse
+import json
 import time
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -21,53 +21,55 @@ ROUNDS = 5
 ROUND_S = 0.1
 
 
-def microseconds(call: Callable[[], Tensor], device: str) -> float:
-    """Return the best mean time of a call over some rounds."""
+def microseconds(module: nn.Module, x: Tensor) -> float:
+    """Return the best mean time of a call over some rounds: of processors' time on a CPU, of the clock on a GPU."""
+    clock = time.perf_counter if x.is_cuda else time.process_time
     best = float("inf")
     for _ in range(ROUNDS):
         count = 0
-        _wait(device)
-        start = time.perf_counter()
-        while time.perf_counter() - start < ROUND_S:
+        start = clock()
+        while clock() - start < ROUND_S:
             for _ in range(10):
-                call()
+                module(x)
             count += 10
-            _wait(device)
-        best = min(best, (time.perf_counter() - start) / count)
+            if x.is_cuda:
+                torch.cuda.synchronize()
+        best = min(best, (clock() - start) / count)
     return best * 1e6
 
 
-def _wait(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
+def time_layer(inputs: int, outputs: int, roads: list[Road], device: str) -> list[dict[str, float]]:
+    """Return a row of microseconds by kind of layer for each number of tokens."""
+    wide = nn.Linear(inputs, outputs, bias=False, device=device)
+    narrow = nn.Linear(inputs, outputs, bias=False, device=device, dtype=torch.bfloat16)
+    quantized = {road: Int8Linear(quantize_weight(wide.weight), road) for road in roads}
+    rows = []
+    for tokens in TOKENS:
+        x = torch.randn(tokens, inputs, device=device)
+        row = {"inputs": inputs, "outputs": outputs, "tokens": tokens}
+        times = {"fp32": microseconds(wide, x), "bf16": microseconds(narrow, x.bfloat16())}
+        for road, module in quantized.items():
+            times[road] = microseconds(module, x)
+            times[f"{road}, bf16 in"] = microseconds(module, x.bfloat16())
+        rows.append({**row, **{name: round(value, 1) for name, value in times.items()}})
+    return rows
 
 
 def main() -> None:
-    """Print a table in Markdown, in microseconds a call."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    """Print a table in Markdown, in microseconds a call, and the same as JSON."""
+    parser = argparse.ArgumentParser(description="Time INT8 layers.")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    found = self_test(options.device)
-    roads: list[Road] = [found.road] if options.device == "cuda" else sorted({found.road, "onednn_two_pass"})
-    print(f"torch {torch.__version__}, {options.device}, {options.threads} threads; self-test: {found.road}")
-    print(
-        " | ".join(["| layer | tokens | fp32 | bf16", *(f"{road}, fp32 in | {road}, bf16 in" for road in roads)]), "|"
-    )
-    print("|---" * (4 + 2 * len(roads)) + "|")
+    road = self_test(options.device).road
+    roads: list[Road] = [road] if options.device == "cuda" else list(dict.fromkeys((road, "onednn_two_pass")))
     with torch.inference_mode():
-        for inputs, outputs in SHAPES:
-            layer = nn.Linear(inputs, outputs, bias=False, device=options.device)
-            weight = quantize_weight(layer.weight)
-            wide, narrow = layer, nn.Linear(inputs, outputs, bias=False, device=options.device, dtype=torch.bfloat16)
-            quantized = [Int8Linear(weight, road) for road in roads]
-            for tokens in TOKENS:
-                x = torch.randn(tokens, inputs, device=options.device)
-                pairs = [(wide, x), (narrow, x.bfloat16())]
-                pairs += [(module, value) for module in quantized for value in (x, x.bfloat16())]
-                times = [microseconds(lambda m=module, v=value: m(v), options.device) for module, value in pairs]  # type: ignore[misc]
-                print(f"| {inputs} -> {outputs} | {tokens} |", " | ".join(f"{t:.0f}" for t in times), "|", flush=True)
+        rows = [row for shape in SHAPES for row in time_layer(*shape, roads, options.device)]
+    print(f"| {' | '.join(rows[0])} |\n{'|---' * len(rows[0])}|")
+    for row in rows:
+        print(f"| {' | '.join(f'{value:g}' for value in row.values())} |")
+    print(json.dumps({"torch": torch.__version__, "road": road, "threads": options.threads, "microseconds": rows}))
 
 
 if __name__ == "__main__":

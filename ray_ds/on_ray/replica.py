@@ -11,14 +11,15 @@ import time
 from pathlib import Path
 
 import torch
-from fastapi import FastAPI
 from ray import serve
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig
+from starlette.types import ASGIApp
 
 from ray_ds import storage
 from ray_ds.artifacts import Artifact, Checkpoint, QuantizedModel, open_artifact
 from ray_ds.config.serve import AutoscalingSettings, ServeSettings
+from ray_ds.errors import ArtifactError
 from ray_ds.logs import log_event, setup_logging
 from ray_ds.serve.engine import Engine
 from ray_ds.serve.http.app import build_app
@@ -46,8 +47,8 @@ class ModelReplica:
         setup_logging()
         started = time.monotonic()
         artifact = open_artifact(artifact_uri, [QuantizedModel, Checkpoint])
-        artifact.verify_files()
-        folder = local_model_folder(artifact, Path(tempfile.gettempdir()) / "ray_ds_models")
+        folder = local_model_folder(artifact, Path(tempfile.gettempdir()) / f"ray_ds_models-{os.getuid()}")
+        check_model_files(artifact, folder)
         device = torch.device("cuda" if settings.gpus_per_replica else "cpu")
         torch.set_num_threads(settings.cpus_per_replica)
         dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
@@ -76,7 +77,7 @@ class ModelReplica:
         seconds = time.monotonic() - started
         log_event("model_loaded", model=artifact.uri, device=device, integer_path=model.integer_path, seconds=seconds)
 
-    def __serve_build_asgi_app__(self) -> FastAPI:
+    def __serve_build_asgi_app__(self) -> ASGIApp:
         """Return the routes; Serve asks for them once the model is loaded."""
         return build_app(self._service)
 
@@ -116,6 +117,21 @@ def local_model_folder(artifact: Artifact, cache: Path) -> Path:
         shutil.rmtree(partial)
         assert target.exists(), f"cannot move {partial} to {target}"
     return target
+
+
+def check_model_files(artifact: Artifact, folder: Path) -> None:
+    """Check the files that will be loaded, wherever they lie, against the manifest.
+
+    Raises:
+        ArtifactError: one is missing or differs.
+    """
+    for info in artifact.manifest.files:
+        if info.path.startswith("model/"):
+            path = folder / info.path.removeprefix("model/")
+            found = storage.sha256_file(str(path)) if path.exists() else "missing"
+            if found != info.sha256:
+                allowed = f"must have sha256 {info.sha256[:12]}, as the manifest of {artifact.uri} says"
+                raise ArtifactError(str(path), f"sha256 {found[:12]}", allowed, f"delete {folder} or restore it")
 
 
 def build_application(artifact_uri: str, digest: str, settings: ServeSettings, api_key_hash: str | None) -> Application:

@@ -15,14 +15,17 @@ NAMESPACE = "ray_ds"
 def connect() -> None:
     """Connect this process to the running cluster; a job finds its own, a shell's is in `RAY_ADDRESS`.
 
+    What workers print stays in Ray's log files, so that a job's log can be read; `RAY_DS_WORKER_LOGS=1` shows it.
+
     Raises:
         ClusterError: there is none, or it refuses the token.
     """
     if ray.is_initialized():
         return
     address = os.environ.get("RAY_ADDRESS", "auto")
+    show_workers = os.environ.get("RAY_DS_WORKER_LOGS") == "1"
     try:
-        ray.init(address=address, namespace=NAMESPACE, log_to_driver=True, configure_logging=False)
+        ray.init(address=address, namespace=NAMESPACE, log_to_driver=show_workers, configure_logging=False)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise ClusterError(
             "RAY_ADDRESS", address, f"must be a running Ray cluster ({error})", "start one with `make up`"

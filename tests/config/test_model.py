@@ -41,28 +41,52 @@ def test_a_preset_loses_its_experts_with_the_last_of_them():
 def test_every_override_is_a_field_of_the_model_and_documented():
     docs = field_docs(ModelSettings)
     names = {field.name for field in dataclasses.fields(ModelSettings)} - {"preset"}
-    assert names == {field.name for field in dataclasses.fields(ModelConfig)} - {"vocab_size", "max_position_embeddings"}
+    assert names == {field.name for field in dataclasses.fields(ModelConfig)} - {
+        "vocab_size",
+        "max_position_embeddings",
+    }
     assert all(docs[name] for name in names)
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"preset": "huge"}, r"preset \(huge\) must be one of tiny, demo, demo_dense, dense_350m, lite, v3; choose one"),
-        ({"preset": "demo_dense", "num_experts_per_tok": 2}, r"num_experts_per_tok \(2\) has no effect in a dense model"),
-        ({"preset": "demo", "n_routed_experts": 0, "topk_group": 1}, r"topk_group \(1\) has no effect in a dense model"),
-        ({"preset": "tiny", "first_k_dense_replace": 0, "intermediate_size": 9}, r"intermediate_size \(9\) has no effect"),
+        (
+            {"preset": "huge"},
+            r"preset \(huge\) must be one of tiny, demo, demo_dense, dense_350m, lite, v3; choose one",
+        ),
+        (
+            {"preset": "demo_dense", "num_experts_per_tok": 2},
+            r"num_experts_per_tok \(2\) has no effect in a dense model",
+        ),
+        (
+            {"preset": "demo", "n_routed_experts": 0, "topk_group": 1},
+            r"topk_group \(1\) has no effect in a dense model",
+        ),
+        (
+            {"preset": "tiny", "first_k_dense_replace": 0, "intermediate_size": 9},
+            r"intermediate_size \(9\) has no effect",
+        ),
         ({"preset": "tiny", "hidden_size": 0}, r"hidden_size \(0\) must be positive; raise it"),
         ({"preset": "tiny", "q_lora_rank": -1}, r"q_lora_rank \(-1\) must be positive"),
         ({"preset": "tiny", "rope_theta": -1.0}, r"rope_theta \(-1.0\) must be positive"),
         ({"preset": "tiny", "qk_rope_head_dim": 7}, r"qk_rope_head_dim \(7\) must be even; add 1"),
         ({"preset": "tiny", "n_routed_experts": -4}, r"n_routed_experts \(-4\) must be 0 or more"),
-        ({"preset": "tiny", "n_shared_experts": 0}, r"n_shared_experts \(0\) must be 1 or more in a model with experts"),
+        (
+            {"preset": "tiny", "n_shared_experts": 0},
+            r"n_shared_experts \(0\) must be 1 or more in a model with experts",
+        ),
         ({"preset": "tiny", "routed_scaling_factor": 0.0}, r"routed_scaling_factor \(0.0\) must be positive"),
         ({"preset": "tiny", "first_k_dense_replace": 2}, r"first_k_dense_replace \(2\) must be at least 0 and below"),
-        ({"preset": "tiny", "n_group": 3}, r"n_group \(3\) must divide n_routed_experts \(4\) into groups of 2 or more"),
+        (
+            {"preset": "tiny", "n_group": 3},
+            r"n_group \(3\) must divide n_routed_experts \(4\) into groups of 2 or more",
+        ),
         ({"preset": "tiny", "n_group": 2, "topk_group": 3}, r"topk_group \(3\) must be at most n_group \(2\)"),
-        ({"preset": "tiny", "n_group": 2, "num_experts_per_tok": 3}, r"num_experts_per_tok \(3\) must be at most the 2"),
+        (
+            {"preset": "tiny", "n_group": 2, "num_experts_per_tok": 3},
+            r"num_experts_per_tok \(3\) must be at most the 2",
+        ),
         ({"preset": "demo_dense", "n_routed_experts": 4}, r"n_shared_experts \(0\) must be 1 or more"),
     ],
 )
@@ -72,5 +96,7 @@ def test_settings_that_make_no_model_or_have_no_effect_are_refused(settings, mes
 
 
 def test_a_dense_config_has_no_sparse_layers():
-    with pytest.raises(ConfigError, match=r"first_k_dense_replace \(1\) must be num_hidden_layers \(2\) in a dense model"):
+    with pytest.raises(
+        ConfigError, match=r"first_k_dense_replace \(1\) must be num_hidden_layers \(2\) in a dense model"
+    ):
         dataclasses.replace(PRESETS["tiny"], n_routed_experts=0)

@@ -11,7 +11,7 @@ TINY = PRESETS["tiny"]
 
 
 def reference(layer: LatentAttention, config: ModelConfig, x: torch.Tensor) -> torch.Tensor:
-    """Return the attention of one sequence (T, D), head by head and query by query, with rotation by complex numbers."""
+    """Return the attention of one sequence (T, D), head by head and query by query, rotating by complex numbers."""
 
     def turn(vector: torch.Tensor, position: int) -> torch.Tensor:
         pairs = torch.view_as_complex(vector.view(-1, 2).double().contiguous())
@@ -20,10 +20,8 @@ def reference(layer: LatentAttention, config: ModelConfig, x: torch.Tensor) -> t
         return torch.view_as_real(turned).flatten().float()
 
     nope, rope, rank = config.qk_nope_head_dim, config.qk_rope_head_dim, config.kv_lora_rank
-    if config.q_lora_rank is None:
-        queries = layer.q_proj(x)
-    else:
-        queries = layer.q_b_proj(layer.q_a_layernorm(layer.q_a_proj(x)))
+    compresses = config.q_lora_rank is not None
+    queries = layer.q_b_proj(layer.q_a_layernorm(layer.q_a_proj(x))) if compresses else layer.q_proj(x)
     compressed = layer.kv_a_proj_with_mqa(x)
     expanded = layer.kv_b_proj(layer.kv_a_layernorm(compressed[:, :rank]))
     out = torch.empty(len(x), config.num_attention_heads, config.v_head_dim)

@@ -64,9 +64,8 @@ def test_experts_are_a_weighted_sum_of_gated_mlps(num_tokens):
         gate, up = (experts.gate_up_proj[expert] @ token).chunk(2)
         return experts.down_proj[expert] @ (torch.nn.functional.silu(gate) * up)
 
-    wanted = torch.stack(
-        [sum(w * one(int(e), token) for w, e in zip(*row, strict=True)) for token, *row in zip(x, weights, chosen)]
-    )
+    rows = zip(x, weights, chosen, strict=True)
+    wanted = torch.stack([sum(w * one(int(e), token) for w, e in zip(ws, es, strict=True)) for token, ws, es in rows])
     leaves = (x, weights, *experts.parameters())
     found = experts(x, weights, chosen)
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)

@@ -146,7 +146,11 @@ def test_a_config_of_another_model_is_refused(change, message):
     ("name", "shape", "message"),
     [
         ("model.layers.1.mlp.experts.2.up_proj.weight", None, r"experts.2.up_proj.weight \(missing\) must be in"),
-        ("model.layers.1.mlp.experts.3.down_proj.weight", (64, 31), r"down_proj.weight \(\(64, 31\)\) must have the shape"),
+        (
+            "model.layers.1.mlp.experts.3.down_proj.weight",
+            (64, 31),
+            r"down_proj.weight \(\(64, 31\)\) must have the shape",
+        ),
     ],
 )
 def test_an_incomplete_set_of_experts_is_refused(name, shape, message):

@@ -1,3 +1,4 @@
+import hashlib
 import os
 from pathlib import Path
 
@@ -7,8 +8,9 @@ import pytest
 
 from ray_ds.artifacts import Checkpoint, FileInfo, Manifest
 from ray_ds.config.serve import AutoscalingSettings, ServeSettings
+from ray_ds.errors import ArtifactError
 from ray_ds.on_ray import replica
-from ray_ds.on_ray.replica import autoscaling_config, build_application, local_model_folder
+from ray_ds.on_ray.replica import autoscaling_config, build_application, check_model_files, local_model_folder
 
 
 def test_autoscaling_is_what_the_settings_say() -> None:
@@ -41,7 +43,10 @@ def make_checkpoint(folder: Path, uri: str) -> Checkpoint:
         settings={},
         inputs=(),
         sources=(),
-        files=tuple(FileInfo(path=path, bytes=len(data), sha256="") for path, data in files.items()),
+        files=tuple(
+            FileInfo(path=path, bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+            for path, data in files.items()
+        ),
         facts={},
         seconds=0.0,
         package_version="0",
@@ -67,3 +72,11 @@ def test_a_remote_artefact_is_copied_once_to_the_nodes_cache(tmp_path: Path, mon
     monkeypatch.setattr(replica.storage, "read_blocks", lambda uri: pytest.fail("copied twice"))
     assert local_model_folder(checkpoint, tmp_path / "cache") == folder
     assert [path.name for path in (tmp_path / "cache").iterdir()] == [checkpoint.digest]
+
+
+def test_a_damaged_copy_is_refused(tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(tmp_path / "a", str(tmp_path / "a"))
+    check_model_files(checkpoint, tmp_path / "a" / "model")
+    (tmp_path / "a" / "model" / "model.safetensors").write_bytes(b"weightz")
+    with pytest.raises(ArtifactError, match=r"model.safetensors \(sha256 .*\) must have sha256 .*; delete .*model"):
+        check_model_files(checkpoint, tmp_path / "a" / "model")

@@ -3,6 +3,8 @@ import signal
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+os.environ["RAY_AUTH_MODE"] = "disabled"  # read when ray is imported
+
 import pytest
 import ray
 import ray._private.state
@@ -17,7 +19,7 @@ SETTINGS = make_settings(steps=12, checkpoint_every=4, max_failures=1)
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster() -> Iterator[None]:
-    ray.init(num_cpus=4, object_store_memory=80_000_000, include_dashboard=False)
+    ray.init("local", num_cpus=4, object_store_memory=80_000_000, include_dashboard=False, log_to_driver=True)
     yield
     ray.shutdown()
 

@@ -22,9 +22,10 @@ def start_cluster() -> Iterator[Cluster]:
     """Start a head and two worker nodes, connect to them, and end exactly those."""
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": STORE_BYTES})
     try:
-        add_node(cluster)
-        add_node(cluster)
+        # While it is the only node, the head is the one that this process attaches to; the others can be killed.
         ray.init(address=cluster.address, log_to_driver=False)
+        add_node(cluster)
+        add_node(cluster)
         yield cluster
     finally:
         ray.shutdown()

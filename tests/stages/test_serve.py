@@ -1,7 +1,9 @@
 """The serve stage on a cluster of one node: a tiny INT8 model, then a tiny checkpoint in its place."""
 
+import json
 import os
 import random
+import shutil
 import socket
 import threading
 import time
@@ -26,7 +28,7 @@ from ray_ds.model.decoder import Decoder
 from ray_ds.model.initial import init_weights
 from ray_ds.quantize import load_quantized, quantize_folder
 from ray_ds.serve.client import generate, generate_stream, is_endpoint_alive
-from ray_ds.stages.serve import serve
+from ray_ds.stages.serve import check_model, serve
 from ray_ds.tokenizer import BpeTokenizer, load_tokenizer, train_bpe
 
 pytestmark = pytest.mark.ray
@@ -330,3 +332,39 @@ def test_a_damaged_model_is_refused(cluster: None, folder: Path, checkpoint: Art
     weights.write_bytes(data)
     with pytest.raises(ArtifactError, match="must have sha256"):
         serve(settings, stage_run(folder, "Endpoint", "damaged", damaged))
+
+
+def test_a_tokenizer_of_another_model_is_refused(folder: Path, checkpoint: Artifact, settings: ServeSettings) -> None:
+    run = stage_run(folder, "Checkpoint", "mixed")
+    shutil.copytree(checkpoint.path("model"), run.path("model"))
+    config = json.loads(Path(run.path("model", "config.json")).read_text())
+    Path(run.path("model", "config.json")).write_text(json.dumps({**config, "vocab_size": 300}))
+    message = (
+        r"tokenizer.json \(\d+ tokens\) must have at most the 300 tokens that the model knows; make the model anew"
+    )
+    with pytest.raises(ArtifactError, match=message):
+        check_model(settings, run.commit({}, seconds=0.0), "serve")
+
+
+def test_a_replica_that_cannot_start_ends_the_step_with_its_reason(
+    endpoint: Artifact, folder: Path, checkpoint: Artifact, settings: ServeSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = stage_run(folder, "Checkpoint", "damaged")
+    shutil.copytree(checkpoint.path("model"), run.path("model"))
+    damaged = run.commit({}, seconds=0.0)
+    weights = Path(damaged.path("model", "model.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+    monkeypatch.setattr(type(damaged), "verify_files", lambda self: None)  # as if damaged after the driver looked
+    message = r"application broken \(DEPLOY_FAILED: .*must have sha256.*\) must start; mend what it says"
+    with pytest.raises(ClusterError, match=message):
+        changes = {"app_name": "broken", "route_prefix": "/broken"}
+        serve(other(settings, **changes), stage_run(folder, "Endpoint", "broken", damaged))
+    assert ray.serve.status().applications["ray-ds"].status == "RUNNING"
+
+
+def test_an_endpoint_that_is_not_there_in_time_is_an_error(
+    endpoint: Artifact, folder: Path, quantized: Artifact, settings: ServeSettings
+) -> None:
+    changes = {"app_name": "late", "route_prefix": "/late", "deploy_timeout_s": 0.001}
+    with pytest.raises(ClusterError, match=r"must answer within deploy_timeout_s \(0.001\); see `serve status`"):
+        serve(other(settings, **changes), stage_run(folder, "Endpoint", "late", quantized))
