@@ -30,7 +30,8 @@ def quantize_tokens(x: Tensor, zero_point: int = 0) -> tuple[Tensor, Tensor]:
         zero_point: what is added to every integer; the result is int8 for 0 and uint8 for 128.
     """
     exact = x.float()
-    scale = exact.abs().amax(dim=1, keepdim=True).clamp_min_(SMALLEST_MAXIMUM).div_(INT8_MAX)  # (M, 1)
+    # Multiplied and not divided: on CUDA, PyTorch divides by a plain number inexactly, so that bits would differ.
+    scale = exact.abs().amax(dim=1, keepdim=True).clamp_min_(SMALLEST_MAXIMUM).mul_(1 / INT8_MAX)  # (M, 1)
     rounded = (exact / scale).round_()
     return (rounded.add_(zero_point).to(torch.uint8) if zero_point else rounded.to(torch.int8)), scale
 

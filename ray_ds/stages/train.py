@@ -1,8 +1,7 @@
 """The train stage: TokenShards -> Checkpoint, on Ray Train with DeepSpeed."""
 
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Literal
 
 import ray
@@ -54,32 +53,19 @@ def train(settings: TrainSettings, run: StageRun) -> Artifact:
 def make_task(settings: TrainSettings, shards: TokenShards, run: StageRun) -> TrainTask:
     """Return what the workers are told."""
     tokenizer = load_tokenizer(shards.path("tokenizer.json"))
-    with fields_of(run.step):
-        device = choose_device(settings)
-    with fields_of(f"{run.step}.model"):
-        config = settings.model.resolve(shards.fact("vocab_size"), settings.seq_len)
     return TrainTask(
         settings=settings,
-        config=config,
+        config=settings.model.resolve(shards.fact("vocab_size"), settings.seq_len),
         shards=shards.uri,
         checkpoints=run.work_path("checkpoints"),
         output=run.uri,
         bos_token_id=tokenizer.bos_id,
         eos_token_id=tokenizer.eos_id,
-        device=device,
+        device=choose_device(settings, run.step),
     )
 
 
-@contextmanager
-def fields_of(name: str) -> Iterator[None]:
-    """Put `name` in front of the field that an error complains about."""
-    try:
-        yield
-    except ConfigError as error:
-        raise ConfigError(f"{name}.{error.field}", error.value, error.allowed, error.action) from error
-
-
-def choose_device(settings: TrainSettings) -> Device:
+def choose_device(settings: TrainSettings, step: str) -> Device:
     """Return what workers compute on.
 
     Raises:
@@ -87,10 +73,15 @@ def choose_device(settings: TrainSettings) -> Device:
     """
     has_gpus = ray.cluster_resources().get("GPU", 0) > 0
     device: Device = "cuda" if settings.device == "cuda" or (settings.device == "auto" and has_gpus) else "cpu"
-    if device == "cpu" and settings.precision == "fp16" and not torch.ops.mkldnn._is_mkldnn_fp16_supported():
+    if device == "cpu" and settings.precision == "fp16" and not cpu_has_fp16():
         allowed = "must be bf16 or fp32 on this CPU, which has no fp16 arithmetic"
-        raise ConfigError("precision", settings.precision, allowed, "use bf16, or a cluster with GPUs")
+        raise ConfigError(f"{step}.precision", settings.precision, allowed, "use bf16, or a cluster with GPUs")
     return device
+
+
+def cpu_has_fp16() -> bool:
+    """Tell whether this node's CPU computes in fp16; DeepSpeed asks the same."""
+    return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
 
 
 def check_task(task: TrainTask, run: StageRun) -> None:

@@ -108,6 +108,7 @@ def cluster(folder: Path) -> Iterator[None]:
     shipped.mkdir()
     (shipped / "job.txt").write_text("what a job ships")
     ray.init(
+        address="local",
         num_cpus=4,
         object_store_memory=80_000_000,
         include_dashboard=False,
@@ -322,14 +323,17 @@ def test_mistakes_are_said_before_anything_is_deployed(
     assert set(ray.serve.status().applications) == {"ray-ds"}
 
 
+def flip_last_bit(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+
+
 def test_a_damaged_model_is_refused(cluster: None, folder: Path, checkpoint: Artifact, settings: ServeSettings) -> None:
     run = stage_run(folder, "QuantizedModel", "damaged", checkpoint)
     quantize_folder(Path(checkpoint.path("model")), Path(run.path("model")), max_shard_bytes=10**9)
     damaged = run.commit({}, seconds=0.0)
-    weights = Path(damaged.path("model", "model.safetensors"))
-    data = bytearray(weights.read_bytes())
-    data[-1] ^= 1
-    weights.write_bytes(data)
+    flip_last_bit(Path(damaged.path("model", "model.safetensors")))
     with pytest.raises(ArtifactError, match="must have sha256"):
         serve(settings, stage_run(folder, "Endpoint", "damaged", damaged))
 
@@ -352,8 +356,7 @@ def test_a_replica_that_cannot_start_ends_the_step_with_its_reason(
     run = stage_run(folder, "Checkpoint", "damaged")
     shutil.copytree(checkpoint.path("model"), run.path("model"))
     damaged = run.commit({}, seconds=0.0)
-    weights = Path(damaged.path("model", "model.safetensors"))
-    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+    flip_last_bit(Path(damaged.path("model", "model.safetensors")))
     monkeypatch.setattr(type(damaged), "verify_files", lambda self: None)  # as if damaged after the driver looked
     message = r"application broken \(DEPLOY_FAILED: .*must have sha256.*\) must start; mend what it says"
     with pytest.raises(ClusterError, match=message):

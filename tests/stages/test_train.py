@@ -1,0 +1,136 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ["RAY_AUTH_MODE"] = "disabled"  # read when ray is imported
+
+import pytest
+import ray
+
+from ray_ds.artifacts import Checkpoint, StageRun, TokenShards, open_artifact
+from ray_ds.errors import ArtifactError, ClusterError, ConfigError, InputError, UserError
+from ray_ds.stages import train as stage
+from ray_ds.tokenizer import train_bpe
+from tests.stages.small_artifacts import book_texts, stage_run
+from tests.train.runs import VOCAB_SIZE, curve, make_settings, make_task, read_records, train_in_processes, write_shards
+
+SETTINGS: dict[str, Any] = {"steps": 40, "checkpoint_every": 5, "zero_stage": 1}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def address() -> Iterator[str]:
+    yield ray.init("local", num_cpus=2, object_store_memory=80_000_000, include_dashboard=False).address_info[
+        "gcs_address"
+    ]
+    ray.shutdown()
+
+
+def make_shards(folder: Path) -> TokenShards:
+    run = stage_run(folder, "TokenShards")
+    if not Path(run.uri).exists():
+        write_shards(Path(run.uri))
+        tokenizer = train_bpe(book_texts(2, 2).values(), VOCAB_SIZE)
+        (Path(run.uri) / "tokenizer.json").write_text(tokenizer.to_json())
+        run.commit({"vocab_size": VOCAB_SIZE, "tokenizer_digest": "abc"}, seconds=0.0)
+    return open_artifact(run.uri, [TokenShards])
+
+
+def make_run(folder: Path) -> StageRun:
+    return stage_run(folder, "Checkpoint", make_shards(folder))
+
+
+def run_job(address: str, folder: str) -> None:
+    """Run the stage as a job would: in a process of its own that connects to the cluster."""
+    ray.init(address=address)
+    stage.train(make_settings(**SETTINGS), make_run(Path(folder)))
+
+
+def start_and_kill_job(address: str, folder: Path) -> None:
+    """Run the job until its first checkpoint counts, then kill it."""
+    run = make_run(folder)
+    code = f"from tests.stages.test_train import run_job; run_job({address!r}, {str(folder)!r})"
+    job = subprocess.Popen([sys.executable, "-c", code])
+    while not list(Path(run.work_path("checkpoints")).glob("*/COMMITTED.json")):
+        assert job.poll() is None, "the job ended before its first checkpoint"
+        time.sleep(0.02)
+    job.send_signal(signal.SIGKILL)
+    job.wait()
+    assert not Path(run.path("manifest.json")).exists()
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.shows("A training job that was killed goes on from its last checkpoint when it is submitted again")
+def test_killed_job_goes_on_when_submitted_again(address: str, tmp_path: Path) -> None:
+    start_and_kill_job(address, tmp_path)
+    run = make_run(tmp_path)
+    artifact = stage.train(make_settings(**SETTINGS), run)
+    whole = make_task(tmp_path, make_settings(**SETTINGS), "whole")
+    train_in_processes(whole)
+    assert curve(read_records(whole)) == curve(read_records(make_task(tmp_path, make_settings(), run.uri)))
+    check_artifact(artifact, run)
+
+
+def check_artifact(artifact: Any, run: StageRun) -> None:
+    assert isinstance(artifact, Checkpoint)
+    names = {info.path for info in artifact.manifest.files}
+    assert {
+        "metrics.jsonl",
+        "curve.png",
+        "model/config.json",
+        "model/model.safetensors",
+        "model/tokenizer.json",
+    } <= names
+    facts = dict(artifact.manifest.facts)
+    assert facts["step"] == 40 and facts["tokens"] == 40 * 256 and facts["world_size"] == 2
+    assert (facts["tokenizer_digest"], facts["zero_stage"], facts["precision"]) == ("abc", 1, "fp32")
+    assert 0 < facts["train_loss"] < 6 and facts["tokens_per_s"] > 0 and facts["parameters"] > 10_000
+    assert not Path(run.work_path()).exists()
+
+
+def refused(kind: type[UserError], folder: Path, **changes: Any) -> str:
+    """Return the message of a stage that refuses before it starts a worker."""
+    with pytest.raises(kind) as error:
+        stage.train(make_settings(**changes), make_run(folder))
+    return str(error.value)
+
+
+@pytest.mark.ray
+def test_more_workers_than_the_cluster_holds(tmp_path: Path) -> None:
+    message = refused(ClusterError, tmp_path, num_workers=4)
+    assert message.startswith("checkpoint.num_workers (4) must be at most 2, what the cluster's nodes hold at 1 CPU")
+
+
+@pytest.mark.ray
+def test_fp16_on_a_cpu_without_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stage, "cpu_has_fp16", lambda: False)
+    assert refused(ConfigError, tmp_path, precision="fp16") == (
+        "checkpoint.precision (fp16) must be bf16 or fp32 on this CPU, which has no fp16 arithmetic; use bf16, or a "
+        "cluster with GPUs."
+    )
+
+
+@pytest.mark.ray
+def test_too_little_text_for_a_row(tmp_path: Path) -> None:
+    message = refused(InputError, tmp_path, seq_len=2048, batch_tokens=4 * 2 * 2048)
+    assert "must have a shard of at least seq_len + 1 = 2049 tokens" in message
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_checkpoints_that_cannot_be_used(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    task = make_task(tmp_path, make_settings(steps=4))
+    task = type(task)(**{**vars(task), "checkpoints": run.work_path("checkpoints")})
+    train_in_processes(task)
+    message = refused(ConfigError, tmp_path, num_workers=1)
+    assert message.startswith("checkpoint.num_workers (1) must be 2, as many workers as wrote checkpoint ")
+    for weights in Path(task.checkpoints).rglob("mp_rank_00_model_states.pt"):
+        weights.write_bytes(weights.read_bytes()[:-1])
+    message = refused(ArtifactError, tmp_path)
+    assert "must be as its COMMITTED.json says, and no older checkpoint is whole; restore it, or delete" in message
