@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ray_ds import __version__
+from ray_ds.config.paths import absolute_path
 from ray_ds.errors import USER_ERROR_EXIT_CODE, ConfigError, RayDsError, UserError
 from ray_ds.logs import log_event, setup_logging
 from ray_ds.recipe import STAGES, Recipe, Step, find_finished, load_object, load_recipe, prepare_run
@@ -78,7 +79,7 @@ def argument_parser() -> argparse.ArgumentParser:
     for command in (run, submit, status, show):
         _add_recipe(command)
     trace = commands.add_parser("trace", help="show what an artefact was made from")
-    trace.add_argument("artefact", help="its folder")
+    trace.add_argument("artefacts", nargs="+", metavar="ARTEFACT", help="its folder")
     generate = commands.add_parser("generate", help="ask the served model")
     generate.add_argument("prompt")
     generate.add_argument(
@@ -168,7 +169,10 @@ def _show_command(options: argparse.Namespace, overrides: Sequence[str]) -> int:
 
 
 def _trace_command(options: argparse.Namespace, _: Sequence[str]) -> int:
-    return _print_lines(load_object("ray_ds.report:trace_lines")(str(options.artefact)))
+    trace: Callable[[str], list[str]] = load_object("ray_ds.report:trace_lines")
+    for artefact in options.artefacts:
+        _print_lines(trace(absolute_path(artefact, os.getcwd(), field="artefact")))
+    return 0
 
 
 def _generate_command(options: argparse.Namespace, _: Sequence[str]) -> int:

@@ -1,6 +1,7 @@
 """What a person sees of a recipe: status, settings, the chain behind an artefact, and the summary of a run."""
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any, get_type_hints
 
@@ -81,19 +82,25 @@ def _nested_docs(settings: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
 def trace_lines(uri: str) -> list[str]:
     """Return the chain from an artefact back to the raw files it was made from, as an indented tree.
 
+    An artefact that several others were made from is followed where it comes first.
+
     Raises:
         ArtifactError: an artefact of the chain is missing, damaged or was made anew from something else.
     """
-    return list(_trace(open_artifact(uri.rstrip("/"), list(KINDS.values())), depth=0))
+    return list(_trace(open_artifact(uri.rstrip("/"), list(KINDS.values())), 0, set()))
 
 
-def _trace(artifact: Artifact, depth: int) -> Iterator[str]:
+def _trace(artifact: Artifact, depth: int, seen: set[str]) -> Iterator[str]:
     indent = "  " * depth
     manifest = artifact.manifest
     made_by = f"step {manifest.step}, ray_ds {manifest.package_version}"
+    if artifact.uri in seen:
+        yield f"{indent}{manifest.kind} {manifest.digest}  (above)"
+        return
+    seen.add(artifact.uri)
     yield f"{indent}{manifest.kind} {manifest.digest}  {made_by}  {artifact.uri}"
     for ref in manifest.inputs:
-        yield from _trace(_follow(ref), depth + 1)
+        yield from _trace(_follow(ref), depth + 1, seen)
     for source in manifest.sources:
         origin = f"sha256 {source.sha256[:16]}  {source.source}; {source.licence}"
         yield f"{indent}  file {source.uri}  {source.bytes} bytes  {origin}"
@@ -121,12 +128,18 @@ def write_summary(recipe: Recipe) -> dict[str, JsonValue]:
     summary["artefacts"] = {artifact.manifest.step: artifact.uri for artifact in finished}
     serving = [step for step in recipe.steps if step.stage.writes == Endpoint.kind and find_finished(recipe, step)]
     if serving:
-        url, question = str(summary["endpoint"]), serving[-1].settings.question
-        summary["question"] = question
-        summary["answer"] = load_object("ray_ds.serve.client:generate")(url, question)
+        summary["question"] = serving[-1].settings.question
+        summary["answer"] = _ask(str(summary["endpoint"]), serving[-1].settings)
     data = json.dumps(summary, indent=1, ensure_ascii=False).encode() + b"\n"
     storage.write_bytes(storage.join(recipe.run_dir, SUMMARY), data)
     return summary
+
+
+def _ask(url: str, settings: Any) -> str:
+    """Return the endpoint's answer to the recipe's question."""
+    api_key = os.environ.get(settings.api_key_env) if settings.api_key_env else None
+    answer: str = load_object("ray_ds.serve.client:generate")(url, settings.question, api_key=api_key)
+    return answer
 
 
 def _facts(artifact: Artifact) -> dict[str, JsonValue]:
@@ -175,4 +188,4 @@ def summary_lines(recipe: Recipe, summary: dict[str, JsonValue]) -> list[str]:
 def _figure(value: JsonValue) -> str:
     if isinstance(value, float):
         return f"{value:,.1f}" if abs(value) >= 100 else f"{value:.4g}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
+    return f"{value:,}" if isinstance(value, int) else " ".join(str(value).split())

@@ -1,5 +1,6 @@
 """Files on local disks and object stores, named by absolute path or URI (`/data/x`, `s3://bucket/x`, `gs://bucket/x`)."""
 
+import functools
 import hashlib
 import os
 import secrets
@@ -155,6 +156,18 @@ def sha256_file(uri: str) -> str:
     for block in read_blocks(uri):
         digest.update(block)
     return digest.hexdigest()
+
+
+def sha256_of_version(uri: str) -> str:
+    """Return the sha256 of a file, computed once in this process as long as its size and time of change stay."""
+    system, path = filesystem(uri)
+    info = system.get_file_info(path)
+    return _sha256_of_version(uri, info.size, info.mtime_ns)
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _sha256_of_version(uri: str, _size: int, _mtime_ns: int) -> str:
+    return sha256_file(uri)
 
 
 def delete_folder(folder: str) -> None:

@@ -43,7 +43,7 @@ export PATH="$(dirname "$ray"):$PATH" RAY_USAGE_STATS_ENABLED=0 RAY_ENABLE_UV_RU
 
 start_node() {   # NAME ARGUMENT...: run one node in its own process group and record it
   local name=$1; shift
-  setsid env -u RAY_ADDRESS "$ray" start --block --disable-usage-stats \
+  setsid env -u RAY_ADDRESS "$ray" start --block --disable-usage-stats --dashboard-agent-listen-port=0 \
     --object-store-memory="$store_memory" --memory="$node_memory" "$@" >"$state/$name.log" 2>&1 </dev/null &
   record "$!" "$name" >>"$state/processes"
 }

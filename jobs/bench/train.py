@@ -3,8 +3,8 @@
     python -m jobs.bench.train --model dense_350m --zero-stages 1 2 --compile
     python -m jobs.bench.train --model demo --batch-rows 16 --micro-batch 16 --seq-len 256 --vocab-size 4096
 
-It starts a Ray of its own with one worker: NCCL refuses two on one GPU. The text is made up (tokens by Zipf's law), which
-costs the same as real text in a dense model; the loss goes down to the entropy of single tokens.
+It starts a Ray of its own with one worker: NCCL refuses two on one GPU. The text is made up (tokens by Zipf's law),
+which costs the same as real text in a dense model; the loss goes down to the entropy of single tokens.
 """
 
 import argparse

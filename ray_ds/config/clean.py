@@ -19,7 +19,7 @@ MIN_UNIT_BYTES = 1 << 12
 class InputFiles:
     """Raw files of one layout."""
 
-    glob: str
+    glob: Annotated[str, OUTPUT_UNCHANGED]
     """Files to read: an absolute path or an s3:// or gs:// URI; `*` and `?` stay within a folder, `**` does not."""
     format: FileFormat = "auto"
     """`jsonl` (also .gz and .zst), `parquet`, `txt` (also .gz and .zst; a file is a document); `auto` goes by name."""

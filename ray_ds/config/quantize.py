@@ -9,7 +9,7 @@ from ray_ds.config.settings import OUTPUT_UNCHANGED, settings
 
 @settings
 class QuantizeSettings:
-    """Settings of the quantize stage: INT8 weights per output channel, INT8 activations per token, scaled as they come."""
+    """Settings of the quantize stage: INT8 weights per output channel, activations per token, scaled as they come."""
 
     max_perplexity_ratio: pydantic.PositiveFloat = 1.01
     """Fail when the INT8 model's perplexity is more than this times the checkpoint's; 1.01 = 1 % more."""

@@ -127,7 +127,7 @@ def fingerprint_inputs(settings: CleanSettings) -> list[SourceFile]:
     """
     found = find_input_files(settings)
     with ThreadPoolExecutor(_NUM_HASH_THREADS) as pool:
-        digests = list(pool.map(storage.sha256_file, [file.uri for file in found]))
+        digests = list(pool.map(storage.sha256_of_version, [file.uri for file in found]))
     return [
         SourceFile(
             uri=file.uri,

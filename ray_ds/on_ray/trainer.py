@@ -59,7 +59,6 @@ def _make_trainer(task: TrainTask, work: str, reports: Queue) -> TorchTrainer:
     """
     settings = task.settings
     is_cuda = task.device == "cuda"
-    storage.write_bytes(storage.join(work, "README"), b"What Ray Train keeps about its runs; nothing reads it.\n")
     system, path = storage.filesystem(work)
     threads = str(settings.threads_per_worker)
     env = {"OMP_NUM_THREADS": threads, "DS_ACCELERATOR": task.device, "TOKENIZERS_PARALLELISM": "false"}

@@ -90,3 +90,24 @@ def test_another_number_of_workers_is_refused(tmp_path: Path) -> None:
         f"pretrain.num_workers (3) must be 2, as many workers as wrote checkpoint {tmp_path}/step-00000010; set it so, "
         f"or delete {tmp_path} to train from the start."
     )
+
+
+def test_object_store_gets_each_ranks_files_and_gives_them_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = str(tmp_path / "store")
+    monkeypatch.setattr(checkpoints.storage, "is_remote", lambda uri: uri.startswith(root))
+    files: list[FileInfo] = []
+    for rank in range(2):
+        folder = checkpoints.open_folder(root, 7, rank=rank)
+        assert not folder.is_relative_to(tmp_path)
+        (folder / "deepspeed").mkdir()
+        (folder / "deepspeed" / f"{rank}.pt").write_bytes(bytes([rank]) * 100)
+        files += checkpoints.seal_files(root, 7, folder, rank=rank, world_size=2)
+        assert not folder.exists()
+    assert checkpoints.find_latest(root) is None
+    checkpoints.commit(root, 7, world_size=2, files=files, keep=1)
+    found = checkpoints.find_latest(root)
+    assert found is not None and [info.path for info in found.files] == ["deepspeed/0.pt", "deepspeed/1.pt"]
+    copy = checkpoints.local_copy(root, 7)
+    assert (copy / "deepspeed" / "1.pt").read_bytes() == bytes([1]) * 100

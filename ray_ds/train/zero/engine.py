@@ -1,5 +1,7 @@
 """DeepSpeed behind four verbs: forward_backward, step, save, load."""
 
+import contextlib
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,8 +43,10 @@ class Engine:
         """
         found = get_accelerator().device_name()
         assert found == device.type, f"DeepSpeed took {found}: set DS_ACCELERATOR={device.type} before it is imported"
+        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # it logs a page about every step of its set-up
         use_built_op()
-        deepspeed.init_distributed(dist_init_required=False)
+        with contextlib.redirect_stdout(None):  # DeepSpeed says that it built the op when it only loads it
+            deepspeed.init_distributed(dist_init_required=False)
         self.decoder = decoder.to(device)
         optimizer = make_optimizer(decoder.named_parameters(), settings.optimizer, is_cuda=device.type == "cuda")
         self._peak_rates = [float(group["lr"]) for group in optimizer.param_groups]
