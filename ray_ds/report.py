@@ -25,6 +25,7 @@ from ray_ds.errors import ArtifactError, UserError
 from ray_ds.recipe import Recipe, Step, field_names, find_finished, load_object, step_uri
 
 SUMMARY = "summary.json"
+ANSWER_TOKENS = 32
 
 
 def table_lines(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -138,7 +139,9 @@ def write_summary(recipe: Recipe) -> dict[str, JsonValue]:
 def _ask(url: str, settings: Any) -> str:
     """Return the endpoint's answer to the recipe's question."""
     api_key = os.environ.get(settings.api_key_env) if settings.api_key_env else None
-    answer: str = load_object("ray_ds.serve.client:generate")(url, settings.question, api_key=api_key)
+    answer: str = load_object("ray_ds.serve.client:generate")(
+        url, settings.question, max_tokens=ANSWER_TOKENS, api_key=api_key
+    )
     return answer
 
 

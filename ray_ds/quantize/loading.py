@@ -11,7 +11,7 @@ from ray_ds.model.checkpoint_folder import CONFIG_FILE, read_config, read_tensor
 from ray_ds.model.decoder import Decoder
 from ray_ds.model.experts import Experts
 from ray_ds.model.layers import MLP
-from ray_ds.quantize.kernels import SELF_TEST_SHAPES, Road, self_test
+from ray_ds.quantize.kernels import Road, self_test
 from ray_ds.quantize.layers import Int8Experts, Int8Linear, Int8MLP, Int8Weight
 from ray_ds.quantize.layout import SCALE_SUFFIX, check_quantization_config, is_quantized
 
@@ -94,7 +94,7 @@ def _choose_road(decoder: Decoder, device: str | torch.device) -> Road:
     stacked = (mlp.gate_proj for mlp in layers.modules() if isinstance(mlp, MLP))
     shapes = {(matrix.shape[-2], matrix.shape[-1]) for matrix in matrices}
     shapes |= {(2 * gate.out_features, gate.in_features) for gate in stacked}
-    found = self_test(device, sorted({*SELF_TEST_SHAPES, *shapes}))
+    found = self_test(device, sorted(shapes))
     log_event("int8_kernel", road=found.road, device=found.device, rejected=found.rejected, seconds=found.seconds)
     return found.road
 

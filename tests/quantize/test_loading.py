@@ -11,7 +11,7 @@ from ray_ds.errors import ArtifactError
 from ray_ds.model.caches import LatentCache
 from ray_ds.model.checkpoint_folder import load_checkpoint_folder
 from ray_ds.model.decoder import Decoder
-from ray_ds.quantize import integer_road, load_quantized, quantize_folder, self_test
+from ray_ds.quantize import integer_road, load_quantized, loading, quantize_folder, self_test
 from ray_ds.quantize.kernels import Road
 from tests.quantize.tiny_models import SEQ_LEN, Kind, make_tokens, write_checkpoint
 
@@ -91,8 +91,14 @@ def test_every_road_gives_the_same_bits(folders: tuple[Path, Path]) -> None:
             assert torch.equal(decoder(tokens), expected)
 
 
-def test_the_road_is_the_one_the_self_test_found(folders: tuple[Path, Path]) -> None:
-    assert integer_road(load_quantized(str(folders[1]))) == self_test().road
+def test_the_road_is_found_for_the_models_own_shapes_and_logged(
+    folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[dict[str, object]] = []
+    monkeypatch.setattr(loading, "log_event", lambda name, **fields: events.append({"name": name, **fields}))
+    road = integer_road(load_quantized(str(folders[1])))
+    assert road == self_test(shapes=[(48, 96), (96, 48)]).road
+    assert [(event["name"], event["road"], event["device"]) for event in events] == [("int8_kernel", road, "cpu")]
 
 
 def test_it_is_for_inference_only(folders: tuple[Path, Path]) -> None:

@@ -45,17 +45,17 @@ class Engine:
         assert found == device.type, f"DeepSpeed took {found}: set DS_ACCELERATOR={device.type} before it is imported"
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # it logs a page about every step of its set-up
         use_built_op()
-        with contextlib.redirect_stdout(None):  # DeepSpeed says that it built the op when it only loads it
-            deepspeed.init_distributed(dist_init_required=False)
         self.decoder = decoder.to(device)
         optimizer = make_optimizer(decoder.named_parameters(), settings.optimizer, is_cuda=device.type == "cuda")
         self._peak_rates = [float(group["lr"]) for group in optimizer.param_groups]
-        self._engine, *_ = deepspeed.initialize(
-            model=decoder,
-            optimizer=optimizer,
-            config=deepspeed_config(settings, world_size),
-            dist_init_required=False,
-        )
+        with contextlib.redirect_stdout(None):  # it prints that it built the op when it only loads it
+            deepspeed.init_distributed(dist_init_required=False)
+            self._engine, *_ = deepspeed.initialize(
+                model=decoder,
+                optimizer=optimizer,
+                config=deepspeed_config(settings, world_size),
+                dist_init_required=False,
+            )
         # DeepSpeed averages gradients over processes; with this factor the result is the gradient of the mean loss over
         # the step's tokens, whatever the number of processes and micro-batches.
         self._loss_factor = world_size / settings.batch_tokens
