@@ -21,7 +21,7 @@ $(VENV)/.installed: requirements.lock pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
-	$(BIN)/python -m ray_ds.train.zero.build
+	DS_ACCELERATOR=cpu $(BIN)/python -m ray_ds.train.zero.build
 	touch $@
 
 demo: up  ## raw text to a served INT8 model: runs the recipe as Ray jobs on a local cluster, asks a question

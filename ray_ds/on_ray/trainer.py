@@ -20,6 +20,13 @@ from ray_ds.logs import setup_logging
 from ray_ds.train.task import TrainResult, TrainTask
 
 POLL_S = 0.5
+MALLOC_ENV = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_THRESHOLD_": "4000000000",
+    "MALLOC_TRIM_THRESHOLD_": "8000000000",
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+}
+"""Makes glibc keep the memory of freed activations instead of giving it back and faulting it in again every layer."""
 Report = Callable[[Mapping[str, float]], None]
 
 
@@ -62,6 +69,8 @@ def _make_trainer(task: TrainTask, work: str, reports: Queue) -> TorchTrainer:
     system, path = storage.filesystem(work)
     threads = str(settings.threads_per_worker)
     env = {"OMP_NUM_THREADS": threads, "DS_ACCELERATOR": task.device, "TOKENIZERS_PARALLELISM": "false"}
+    if not is_cuda:
+        env |= MALLOC_ENV
     if not settings.compile:
         # DeepSpeed compiles Muon's arithmetic at first use, which takes a C++ compiler a minute and gains nothing here.
         env["TORCHDYNAMO_DISABLE"] = "1"
