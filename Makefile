@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 RECIPE ?= jobs/recipes/demo.toml
-BENCH ?= clean
+BENCH ?= quantize
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export RAY_DS_CLUSTER_DIR ?= $(CURDIR)/.cluster
 unexport PYTHONPATH PYTHONHOME

@@ -25,7 +25,9 @@ from ray_ds.errors import ArtifactError, UserError
 from ray_ds.recipe import Recipe, Step, field_names, find_finished, load_object, step_uri
 
 SUMMARY = "summary.json"
-ANSWER_TOKENS = 32
+ANSWER_TOKENS = 48
+ANSWER_TEMPERATURE = 0.7
+"""A small model asked for its likeliest words repeats itself."""
 
 
 def table_lines(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -140,7 +142,7 @@ def _ask(url: str, settings: Any) -> str:
     """Return the endpoint's answer to the recipe's question."""
     api_key = os.environ.get(settings.api_key_env) if settings.api_key_env else None
     answer: str = load_object("ray_ds.serve.client:generate")(
-        url, settings.question, max_tokens=ANSWER_TOKENS, api_key=api_key
+        url, settings.question, max_tokens=ANSWER_TOKENS, temperature=ANSWER_TEMPERATURE, seed=0, api_key=api_key
     )
     return answer
 

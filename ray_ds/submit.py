@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 from tqdm import tqdm
 
@@ -38,6 +39,12 @@ def job_client() -> Any:
     address = os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS")
     try:
         return JobSubmissionClient(address)
+    except AuthenticationError as error:
+        token = os.environ.get("RAY_AUTH_TOKEN_PATH", "unset")
+        action = "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH or RAY_AUTH_TOKEN"
+        raise ClusterError(
+            "RAY_AUTH_TOKEN_PATH", token, f"must name the token of the cluster at {address}", action
+        ) from error
     except (ConnectionError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise ClusterError(

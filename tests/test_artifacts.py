@@ -84,6 +84,7 @@ def test_a_missing_file_is_found(corpus: Corpus) -> None:
         find_artifact(corpus.uri)
 
 
+@pytest.mark.shows("A damaged artefact is found by size or sha256 before it is used")
 def test_a_changed_byte_is_found_by_its_hash(corpus: Corpus) -> None:
     Path(corpus.path("documents-0.parquet")).write_bytes(b"0123456780")
     with pytest.raises(ArtifactError, match=r"documents-0.parquet \(sha256 \w{12}\) must have sha256 \w{12}, as its"):

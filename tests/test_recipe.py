@@ -73,6 +73,7 @@ def test_overrides_win_and_are_marked(recipe_path: Path) -> None:
     assert recipe.run_dir == "/elsewhere"
 
 
+@pytest.mark.shows("A changed setting reruns only the steps it reaches")
 def test_a_changed_setting_reaches_only_what_follows(recipe_path: Path) -> None:
     plain = load_recipe(str(recipe_path))
     changed = load_recipe(str(recipe_path), overrides=["--tokenizer.vocab_size=301"])

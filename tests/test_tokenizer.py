@@ -35,6 +35,7 @@ def random_texts(count: int) -> list[str]:
     ]
 
 
+@pytest.mark.shows("Every text comes back from its tokens unchanged, Chinese and emoji too")
 def test_every_text_comes_back(tokenizer: BpeTokenizer) -> None:
     for text in [*ROUND_TRIP_PROBES, *random_texts(300), "", " ", "\x00", "\ufeffa", "a\r\nb\rc\n"]:
         assert tokenizer.decode(tokenizer.encode(text)) == text

@@ -39,6 +39,8 @@ export RAY_AUTH_MODE=token
 export RAY_AUTH_TOKEN_PATH=$state/token
 ENV
 . "$state/env"
+# A head that is told to end waits 30 s for its node to drain, unless told otherwise.
+export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=1
 export PATH="$(dirname "$ray"):$PATH" RAY_USAGE_STATS_ENABLED=0 RAY_ENABLE_UV_RUN_RUNTIME_ENV=0
 
 start_node() {   # NAME ARGUMENT...: run one node in its own process group and record it

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import socket
 import sys
 import time
 
@@ -10,6 +11,7 @@ import ray
 from ray_ds.errors import ClusterError
 
 NAMESPACE = "ray_ds"
+CONNECT_TIMEOUT_S = 10.0
 
 
 def connect() -> None:
@@ -25,11 +27,18 @@ def connect() -> None:
     address = os.environ.get("RAY_ADDRESS", "auto")
     show_workers = os.environ.get("RAY_DS_WORKER_LOGS") == "1"
     try:
+        _check_listening(address)
         ray.init(address=address, namespace=NAMESPACE, log_to_driver=show_workers, configure_logging=False)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise ClusterError(
-            "RAY_ADDRESS", address, f"must be a running Ray cluster ({error})", "start one with `make up`"
-        ) from error
+    except (OSError, RuntimeError, ValueError) as error:
+        allowed = f"must be a running Ray cluster ({error})"
+        raise ClusterError("RAY_ADDRESS", address, allowed, "start one with `make up`") from error
+
+
+def _check_listening(address: str) -> None:
+    """Raise OSError where nothing listens at `host:port`; Ray itself would wait for minutes."""
+    host, separator, port = address.rpartition(":")
+    if separator and port.isdigit() and "://" not in address:
+        socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
 
 
 def wait_for_nodes(count: int, timeout_s: float) -> bool:

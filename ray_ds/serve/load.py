@@ -7,7 +7,7 @@ import torch
 
 from ray_ds.model.checkpoint_folder import load_checkpoint_folder
 from ray_ds.model.decoder import Decoder
-from ray_ds.quantize import Int8Experts, Int8Linear, Int8MLP, load_quantized
+from ray_ds.quantize import integer_road, load_quantized
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,5 +28,4 @@ def load_served_model(folder: Path, *, is_quantized: bool, device: torch.device,
     if not is_quantized:
         return ServedModel(decoder=load_checkpoint_folder(folder, dtype=dtype, device=device), integer_path=None)
     decoder = load_quantized(folder, device, dtype)
-    int8_layers = (layer for layer in decoder.modules() if isinstance(layer, (Int8Linear, Int8MLP, Int8Experts)))
-    return ServedModel(decoder=decoder, integer_path=next(int8_layers).road)
+    return ServedModel(decoder=decoder, integer_path=integer_road(decoder))

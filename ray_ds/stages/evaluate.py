@@ -137,8 +137,7 @@ def start_scorers(job: EvaluateJob) -> list[Any]:
     """Start the actors, as many as there are workers."""
     options = {"num_cpus": job.settings.cpus_per_worker, "num_gpus": float(job.device == "cuda")}
     actor = ray.remote(max_restarts=2, max_task_retries=2, **options)(Scorer)
-    shared = ray.put(job)
-    return [actor.remote(shared) for _ in range(job.settings.num_workers)]
+    return [actor.remote(job) for _ in range(job.settings.num_workers)]
 
 
 def score_model(scorers: list[Any], job: EvaluateJob, num_bytes: int, progress: Progress) -> Score:

@@ -76,10 +76,12 @@ def quantize(settings: QuantizeSettings, run: StageRun) -> Artifact:
         target=run.path(MODEL_FOLDER),
     )
     task = ray.remote(num_cpus=settings.threads, num_gpus=num_gpus)(quantize_and_measure)
+    progress: Progress | None = None
     with user_errors():
         for reference in task.remote(job):
             report: Report = ray.get(reference)
-            Progress(run.step, report.total).update(report.done, **report.facts)
+            progress = progress or Progress(run.step, report.total)
+            progress.update(report.done)
     return run.commit(report.facts, seconds=time.monotonic() - started)
 
 

@@ -12,6 +12,7 @@ def _judge(text: str) -> Verdict:
     return judge(text, detect_language(text), languages=("en", "zh"), min_score=0.5)
 
 
+@pytest.mark.shows("The default quality rules keep good English and good Chinese")
 @pytest.mark.parametrize("text", PARAGRAPHS)
 def test_good_chinese_is_kept(text: str) -> None:
     assert _judge(text) == Verdict("", 0)

@@ -5,6 +5,7 @@ import pytest
 from ray_ds.data.pii import mask_pii
 
 
+@pytest.mark.shows("E-mail addresses, IP addresses and phone numbers are masked")
 @pytest.mark.parametrize(
     ("text", "masked"),
     [

@@ -29,6 +29,7 @@ DAMAGED_LINES = {
 }
 
 
+@pytest.mark.shows("Damaged lines and files are set aside with file, offset and reason; the rest is read")
 @pytest.mark.parametrize("damage", DAMAGED_LINES)
 def test_a_damaged_line_is_located_and_its_neighbours_are_read(tmp_path: Path, damage: str) -> None:
     first, bad, last = read_bytes(tmp_path, "a.jsonl", BEFORE + DAMAGED_LINES[damage] + b"\n" + AFTER)

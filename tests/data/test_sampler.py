@@ -37,6 +37,7 @@ def test_every_epoch_has_every_row_once(case: int) -> None:
     assert set(np.concatenate([sampler.rows(step) for step in range(sampler.steps_per_epoch)])) == set(range(total))
 
 
+@pytest.mark.shows("The rows of a step are a pure function of seed and step; every row comes once an epoch")
 @pytest.mark.parametrize("case", range(20))
 def test_order_is_a_pure_function_of_the_step(case: int) -> None:
     shard_rows, window_shards, batch_rows = sizes(case)

@@ -68,6 +68,7 @@ def test_frequencies_equal_dictionaries(vocab_size: int) -> None:
     assert counts.bucket(before).tolist() == [slow.bucket(a) for a in before]
 
 
+@pytest.mark.shows("The bigram beside a model's loss equals a slow reference with weights found by scipy")
 def test_weights_and_cost_equal_a_slow_reference(tmp_path: Path) -> None:
     vocab_size = 200
     train = open_split(tmp_path, "train", [markov_stream(i, 6000, vocab_size) for i in range(2)])

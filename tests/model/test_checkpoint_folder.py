@@ -126,6 +126,7 @@ DAMAGES = {
 }
 
 
+@pytest.mark.shows("A damaged model folder is refused, and the error names the tensor or file")
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_folder_is_refused(damage, decoder, tmp_path):
     save(decoder, tmp_path)

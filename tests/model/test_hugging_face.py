@@ -49,6 +49,7 @@ def random_decoder(config: ModelConfig) -> Decoder:
     return decoder.eval()
 
 
+@pytest.mark.shows("A checkpoint gives the same logits in transformers' `DeepseekV3ForCausalLM`, to 1e-5")
 @pytest.mark.parametrize("name", CASES)
 def test_transformers_computes_the_same_logits_from_our_folder(name, tmp_path):
     from transformers import DeepseekV3ForCausalLM

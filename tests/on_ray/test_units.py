@@ -1,7 +1,6 @@
 """Killed work resumes with the same bytes, and committed work is not done again."""
 
 import hashlib
-import json
 import os
 import signal
 import threading
@@ -16,12 +15,13 @@ from ray.cluster_utils import Cluster
 
 from ray_ds.errors import InputError
 from ray_ds.on_ray.units import Commit, Publish, WorkUnit, run_units
-from tests.on_ray.two_nodes import add_node, raylet_pid, start_cluster
+from tests.on_ray.two_nodes import add_node, committed_units, raylet_pid, read_attempts, start_cluster, wait_for
 
 pytestmark = pytest.mark.ray
 
 NUM_UNITS = 6
 HELD = "00002"
+WORK = "work/test"
 
 
 @pytest.fixture(scope="module")
@@ -50,23 +50,12 @@ def _make_work(hold: Path) -> Callable[[str, Publish], dict[str, Any]]:
 
 
 def _run(root: Path, hold: Path) -> list[Commit]:
-    return run_units(_make_units(), _make_work(hold), root=str(root), folder="work/test", step="test")
+    return run_units(_make_units(), _make_work(hold), root=str(root), folder=WORK, step="test")
 
 
 def _outputs(root: Path) -> dict[str, bytes]:
     paths = [*root.glob("out/*"), *root.glob("work/test/commits/*")]
     return {str(path.relative_to(root)): path.read_bytes() for path in paths}
-
-
-def _attempts(root: Path) -> list[dict[str, Any]]:
-    return [json.loads(path.read_text()) for path in root.glob("work/test/attempts/*.json")]
-
-
-def _wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.05)
 
 
 def _run_and_kill(root: Path, hold: Path, find_pids: Callable[[dict[str, Any]], list[int]]) -> list[Commit]:
@@ -79,13 +68,11 @@ def _run_and_kill(root: Path, hold: Path, find_pids: Callable[[dict[str, Any]], 
     results: list[list[Commit]] = []
     runner = threading.Thread(target=lambda: results.append(_run(root, hold)), daemon=True)
     runner.start()
-    _wait_for(
-        lambda: len(list(root.glob("work/test/commits/*.json"))) == NUM_UNITS - 1 and len(_attempts(root)) == NUM_UNITS
-    )
-    (held,) = [attempt for attempt in _attempts(root) if attempt["unit"] == HELD]
+    wait_for(lambda: len(committed_units(root / WORK)) == NUM_UNITS - 1)
+    (held,) = wait_for(lambda: [attempt for attempt in read_attempts(root / WORK) if attempt["unit"] == HELD])
     for pid in find_pids(held):
         os.kill(pid, signal.SIGKILL)
-    _wait_for(lambda: len(_attempts(root)) == NUM_UNITS + 1)
+    wait_for(lambda: len(read_attempts(root / WORK)) == NUM_UNITS + 1)
     hold.unlink()
     runner.join(timeout=120)
     assert results, "the run did not finish"
@@ -100,7 +87,7 @@ def undisturbed(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> d
 
 
 def _assert_only_the_held_unit_was_repeated(root: Path) -> None:
-    repeated = Counter(attempt["unit"] for attempt in _attempts(root))
+    repeated = Counter(attempt["unit"] for attempt in read_attempts(root / WORK))
     assert {name: count for name, count in repeated.items() if count > 1} == {HELD: 2}
 
 
@@ -130,7 +117,7 @@ def test_a_second_run_does_only_what_is_missing_or_damaged(cluster: Cluster, tmp
     next(tmp_path.glob("work/test/commits/00004-*")).write_bytes(b'{"unit": "000')
     assert _run(tmp_path, tmp_path / "no-hold") == first
     assert _outputs(tmp_path) == before
-    repeated = Counter(attempt["unit"] for attempt in _attempts(tmp_path))
+    repeated = Counter(attempt["unit"] for attempt in read_attempts(tmp_path / WORK))
     assert sorted(name for name, count in repeated.items() if count > 1) == ["00001", "00003", "00004"]
 
 
@@ -139,4 +126,4 @@ def test_a_users_mistake_comes_back_as_it_was(cluster: Cluster, tmp_path: Path) 
         raise InputError("raw.txt", "gone", "must be there", "put it back")
 
     with pytest.raises(InputError, match=r"raw.txt \(gone\) must be there; put it back"):
-        run_units(_make_units(), work, root=str(tmp_path), folder="work/test", step="test")
+        run_units(_make_units(), work, root=str(tmp_path), folder=WORK, step="test")

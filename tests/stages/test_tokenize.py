@@ -28,6 +28,7 @@ def files(artifact: Artifact) -> dict[str, bytes]:
     return {info.path: Path(artifact.path(info.path)).read_bytes() for info in artifact.manifest.files}
 
 
+@pytest.mark.shows("Token shards have the same bytes for any number of workers")
 @pytest.mark.ray
 def test_same_bytes_for_any_number_of_workers_and_no_work_twice(tmp_path: Path, local_ray: None) -> None:
     corpus = make_corpus(tmp_path, TEXTS, num_files=5)

@@ -47,6 +47,7 @@ def test_torn_checkpoint_is_ignored_and_written_anew(tmp_path: Path) -> None:
     assert latest_step(tmp_path) == 20
 
 
+@pytest.mark.shows("A torn or damaged training checkpoint is noticed, and the one before it is used")
 @pytest.mark.parametrize("damage", ["flip", "cut", "missing", "commit"])
 def test_damaged_checkpoint_is_passed_over(tmp_path: Path, damage: str) -> None:
     write(tmp_path, 10)

@@ -25,6 +25,7 @@ def whole(folder: Path) -> TrainTask:
     return task
 
 
+@pytest.mark.shows("A killed training run, resumed, has the losses of an uninterrupted one")
 @pytest.mark.slow
 def test_killed_run_goes_on_with_the_losses_of_an_uninterrupted_one(folder: Path, whole: TrainTask) -> None:
     killed = make_task(folder, SETTINGS, "killed")

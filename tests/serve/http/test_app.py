@@ -208,6 +208,7 @@ BAD_BODIES = [
 ]
 
 
+@pytest.mark.shows("Bad requests get 4xx with an OpenAI error object, never 5xx")
 def test_bad_bodies_are_400_with_an_error_object(url, engine) -> None:
     for body in BAD_BODIES:
         response = post(url, body)
