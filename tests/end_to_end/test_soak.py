@@ -158,8 +158,10 @@ def soak(site: Site, subject: Subject) -> str:
     for number in range(subject.num_rounds + 1):
         row = Round(number=number)
         rounds.append(row)
-        keep(subject, rounds, started)
-        log = run_round(site, subject, row, total)
+        try:
+            log = run_round(site, subject, row, total)
+        finally:
+            keep(subject, rounds, started)
         (artefact,) = (site.folder / f"runs/soak_{subject.step}/{subject.step}").iterdir()
         result = subject.read_result(artefact)
         row.repeats = subject.count_repeats(artefact, log)
