@@ -26,7 +26,8 @@ class ArtifactRef:
     kind: str
     uri: str
     digest: str
-    manifest_sha256: str
+    content_sha256: str
+    """Of the names and hashes of its files: the same if it is made anew to the same bytes."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,7 +81,6 @@ class Artifact:
     kind: ClassVar[str] = ""
     uri: str
     manifest: Manifest
-    manifest_sha256: str
 
     def path(self, *parts: str) -> str:
         """Return the URI of a file in the artefact."""
@@ -91,9 +91,15 @@ class Artifact:
         """What the artefact was made from, in 16 hexadecimal digits."""
         return self.manifest.digest
 
+    @property
+    def content_sha256(self) -> str:
+        """The sha256 of the names and hashes of its files."""
+        listing = "".join(f"{info.sha256}  {info.path}\n" for info in self.manifest.files)
+        return hashlib.sha256(listing.encode()).hexdigest()
+
     def ref(self) -> ArtifactRef:
         """Return the pointer that a descendant's manifest keeps."""
-        return ArtifactRef(kind=self.kind, uri=self.uri, digest=self.digest, manifest_sha256=self.manifest_sha256)
+        return ArtifactRef(kind=self.kind, uri=self.uri, digest=self.digest, content_sha256=self.content_sha256)
 
     def fact(self, *names: str) -> Any:
         """Return a (nested) fact of the manifest."""
@@ -176,6 +182,11 @@ def make_digest(content: JsonValue) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()[:DIGEST_LENGTH]
 
 
+def folder_digest(uri: str) -> str:
+    """Return the digest that an artefact's folder is named by."""
+    return uri.rstrip("/").rsplit("/", 1)[-1]
+
+
 def find_artifact(uri: str) -> Artifact | None:
     """Return the artefact in a folder, or None where it is unfinished (it has no manifest).
 
@@ -191,18 +202,18 @@ def find_artifact(uri: str) -> Artifact | None:
     except pydantic.ValidationError as error:
         reason = error.errors()[0]["msg"]
         raise _damaged(manifest_uri, f"{len(data)} bytes", f"must be a manifest ({reason})", uri) from error
-    folder_digest = uri.rstrip("/").rsplit("/", 1)[-1]
-    if manifest.digest != folder_digest:
+    expected = folder_digest(uri)
+    if manifest.digest != expected:
         raise ArtifactError(
             manifest_uri,
             f"digest {manifest.digest}",
-            f"must have the digest of its folder, {folder_digest}: it is an artefact of another recipe",
+            f"must have the digest of its folder, {expected}: it is an artefact of another recipe",
             "put it back where it was made, or delete this folder to make the step anew",
         )
     if manifest.kind not in KINDS:
         raise _damaged(manifest_uri, f"kind {manifest.kind}", f"must be one of {', '.join(KINDS)}", uri)
     _check_sizes(uri, manifest)
-    return KINDS[manifest.kind](uri=uri, manifest=manifest, manifest_sha256=hashlib.sha256(data).hexdigest())
+    return KINDS[manifest.kind](uri=uri, manifest=manifest)
 
 
 def open_artifact(uri: str, kinds: Sequence[type[A]]) -> A:
@@ -219,6 +230,23 @@ def open_artifact(uri: str, kinds: Sequence[type[A]]) -> A:
         if isinstance(found, kind):
             return found
     raise ArtifactError(uri, found.kind, f"must be a {names}", "name another step or folder in `from`")
+
+
+def check_input(descendant: str, ref: ArtifactRef, found: Artifact) -> None:
+    """Check that an artefact's input is still the one it was made from.
+
+    Args:
+        descendant: URI of the artefact that `ref` is of.
+    Raises:
+        ArtifactError: the input was made anew to other bytes.
+    """
+    if found.content_sha256 != ref.content_sha256:
+        raise ArtifactError(
+            f"{descendant}/{MANIFEST}: input {ref.uri}",
+            f"content {found.content_sha256[:12]}",
+            f"must have content {ref.content_sha256[:12]}, which this was made from; the input was made anew since",
+            f"delete {descendant} and run the recipe again",
+        )
 
 
 def _check_sizes(uri: str, manifest: Manifest) -> None:
@@ -245,6 +273,8 @@ class StageRun:
     stage_version: int
     kind: str
     """The kind of artefact it makes."""
+    run_dir: str
+    """The recipe's run directory, which every node reads."""
     uri: str
     """The artefact's folder, `<run_dir>/<step>/<digest>`."""
     digest: str

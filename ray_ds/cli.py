@@ -11,7 +11,9 @@ from ray_ds import __version__
 from ray_ds.config.paths import absolute_path
 from ray_ds.errors import USER_ERROR_EXIT_CODE, ConfigError, RayDsError, UserError
 from ray_ds.logs import log_event, setup_logging
-from ray_ds.recipe import STAGES, Recipe, Step, find_finished, load_object, load_recipe, prepare_run
+from ray_ds.recipe import Recipe, Step, load_recipe
+from ray_ds.stage_table import STAGES, load_object
+from ray_ds.steps import find_finished, prepare_run
 
 
 class _Parser(argparse.ArgumentParser):

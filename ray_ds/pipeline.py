@@ -5,8 +5,9 @@ from collections.abc import Sequence
 
 from ray_ds.errors import RayDsError
 from ray_ds.logs import log_event
-from ray_ds.recipe import Recipe, Step, find_finished, prepare_run, step_digest
+from ray_ds.recipe import Recipe, Step
 from ray_ds.report import summary_lines, write_summary
+from ray_ds.steps import find_finished, prepare_run, step_digest
 from ray_ds.submit import JobRequest, check_overrides, follow_job, job_client, submit_step
 
 

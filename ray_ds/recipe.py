@@ -1,145 +1,17 @@
-"""The recipe: named steps in order, read from TOML, and the one table of stages everything else follows from."""
+"""The recipe: named steps in order, read from TOML."""
 
 import dataclasses
-import importlib
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import JsonValue
-
-from ray_ds import storage
-from ray_ds.artifacts import (
-    KINDS,
-    Artifact,
-    Endpoint,
-    SourceFile,
-    StageRun,
-    find_artifact,
-    make_digest,
-    open_artifact,
-)
+from ray_ds.artifacts import KINDS, open_artifact
 from ray_ds.config.paths import absolute_path
-from ray_ds.config.settings import as_json, decode_settings, digest_settings
-from ray_ds.errors import ArtifactError, ConfigError
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Stage:
-    """A row of the table of stages. Code is named by strings, so that reading the table loads none of it."""
-
-    name: str
-    job: str
-    """The module in `jobs/` that runs it."""
-    function: str
-    """`module:function`, called with (settings, StageRun)."""
-    settings: str
-    """`module:class` of its settings."""
-    reads: tuple[tuple[str, ...], ...]
-    """The kinds it reads; of each group, one."""
-    writes: str
-    version: int
-    """Raised when a change of the code changes what it writes."""
-    resources: str
-    """What it uses, for people."""
-    sources: str = ""
-    """`module:function` from settings to the raw files it reads, for stages that read raw files."""
-
-
-STAGES: tuple[Stage, ...] = (
-    Stage(
-        name="clean",
-        job="clean_text",
-        function="ray_ds.stages.clean:clean",
-        settings="ray_ds.config.clean:CleanSettings",
-        reads=(),
-        writes="Corpus",
-        version=1,
-        resources="Ray Data, all CPUs",
-        sources="ray_ds.data.units:fingerprint_inputs",
-    ),
-    Stage(
-        name="tokenizer",
-        job="train_tokenizer",
-        function="ray_ds.stages.tokenizer:train_tokenizer",
-        settings="ray_ds.config.tokenizer:TokenizerSettings",
-        reads=(("Corpus",),),
-        writes="Tokenizer",
-        version=1,
-        resources="one task",
-    ),
-    Stage(
-        name="tokenize",
-        job="tokenize_text",
-        function="ray_ds.stages.tokenize:tokenize",
-        settings="ray_ds.config.tokenize:TokenizeSettings",
-        reads=(("Corpus",), ("Tokenizer",)),
-        writes="TokenShards",
-        version=1,
-        resources="Ray Data, all CPUs",
-    ),
-    Stage(
-        name="train",
-        job="train_model",
-        function="ray_ds.stages.train:train",
-        settings="ray_ds.config.train:TrainSettings",
-        reads=(("TokenShards",),),
-        writes="Checkpoint",
-        version=1,
-        resources="Ray Train, `num_workers` CPUs or GPUs",
-    ),
-    Stage(
-        name="evaluate",
-        job="evaluate_model",
-        function="ray_ds.stages.evaluate:evaluate",
-        settings="ray_ds.config.evaluate:EvaluateSettings",
-        reads=(("Checkpoint", "QuantizedModel"), ("TokenShards",)),
-        writes="EvalReport",
-        version=1,
-        resources="Ray tasks, `num_workers` CPUs or GPUs",
-    ),
-    Stage(
-        name="quantize",
-        job="quantize_model",
-        function="ray_ds.stages.quantize:quantize",
-        settings="ray_ds.config.quantize:QuantizeSettings",
-        reads=(("Checkpoint",), ("TokenShards",)),
-        writes="QuantizedModel",
-        version=1,
-        resources="one Ray task, 1 CPU or GPU",
-    ),
-    Stage(
-        name="serve",
-        job="serve_model",
-        function="ray_ds.stages.serve:serve",
-        settings="ray_ds.config.serve:ServeSettings",
-        reads=(("QuantizedModel", "Checkpoint"),),
-        writes="Endpoint",
-        version=1,
-        resources="Ray Serve, 1 CPU or GPU a replica",
-    ),
-)
-
-_STAGE_BY_NAME: Mapping[str, Stage] = {stage.name: stage for stage in STAGES}
-
-
-def find_stage(name: str) -> Stage:
-    """Return a row of the table.
-
-    Raises:
-        ConfigError: there is no such stage.
-    """
-    if name not in _STAGE_BY_NAME:
-        raise ConfigError("stage", name, f"must be one of {', '.join(_STAGE_BY_NAME)}", "correct it")
-    return _STAGE_BY_NAME[name]
-
-
-def load_object(spec: str) -> Any:
-    """Return what a `module:name` string of the table names."""
-    module, name = spec.split(":")
-    return getattr(importlib.import_module(module), name)
+from ray_ds.config.settings import decode_settings
+from ray_ds.errors import ConfigError
+from ray_ds.stage_table import STAGE_BY_NAME, Stage, find_stage, load_object
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,8 +77,10 @@ def load_recipe(path: str, *, overrides: Sequence[str] = (), root: str | None = 
     if unknown:
         raise ConfigError(f"{path}: {sorted(unknown)[0]}", "unknown", "must be name, run_dir or [[step]]", "remove it")
     raw_steps = table.get("step")
-    if not isinstance(raw_steps, list) or not raw_steps:
+    if not isinstance(raw_steps, list) or not raw_steps or not all(isinstance(raw, dict) for raw in raw_steps):
         raise ConfigError(f"{path}: step", raw_steps, "must be one [[step]] table or more", "add the steps")
+    for raw in raw_steps:
+        _check_raw_step(raw, path)
     given = _apply_overrides(table, path, overrides)
     for field in ("name", "run_dir"):
         if not isinstance(table.get(field), str) or not table[field]:
@@ -218,10 +92,31 @@ def load_recipe(path: str, *, overrides: Sequence[str] = (), root: str | None = 
     return Recipe(name=table["name"], run_dir=run_dir, path=path, steps=tuple(steps))
 
 
+def _check_raw_step(raw: Mapping[str, Any], path: str) -> None:
+    """Refuse a step whose own fields are unknown, missing or mistyped."""
+    where = f"{path}: {step_name(raw) or 'step'}"
+    for field, kind, allowed in (
+        ("name", str, "a string"),
+        ("stage", str, "a string"),
+        ("from", list, 'a list of step names, such as ["clean"]'),
+        ("settings", dict, "a table"),
+    ):
+        if not isinstance(raw.get(field, kind()), kind):
+            raise ConfigError(f"{where}.{field}", raw[field], f"must be {allowed}", "correct it")
+    if not all(isinstance(source, str) for source in raw.get("from", [])):
+        raise ConfigError(f"{where}.from", raw["from"], "must hold strings", "correct it")
+    unknown = set(raw) - {"name", "stage", "from", "settings"}
+    if unknown:
+        field = f"{where}.{sorted(unknown)[0]}"
+        raise ConfigError(field, "unknown", "must be name, stage, from or settings", "correct or remove it")
+    if "stage" not in raw:
+        raise ConfigError(f"{where}.stage", "missing", f"must be one of {', '.join(STAGE_BY_NAME)}", "add it")
+
+
 def _read_toml(path: str) -> dict[str, Any]:
     try:
         return tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
+    except OSError as error:
         raise ConfigError("recipe", path, "must be a TOML file", "check the path") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError("recipe", path, f"must be valid TOML ({error})", "correct the file") from error
@@ -288,20 +183,26 @@ def _decode_step(
 ) -> Step:
     name = step_name(raw)
     where = f"{path}: {name or 'step'}"
-    unknown = set(raw) - {"name", "stage", "from", "settings"}
-    if unknown:
-        field = f"{where}.{sorted(unknown)[0]}"
-        raise ConfigError(field, "unknown", "must be name, stage, from or settings", "correct or remove it")
-    if "stage" not in raw:
-        raise ConfigError(f"{where}.stage", "missing", f"must be one of {', '.join(_STAGE_BY_NAME)}", "add it")
     stage = find_stage(raw["stage"])
     if any(step.name == name for step in earlier) or not name.replace("_", "").replace("-", "").isalnum():
         raise ConfigError(f"{where}.name", name, "must be letters, digits, - and _, used once", "choose another")
     settings = decode_settings(load_object(stage.settings), raw.get("settings", {}), where=where)
     if hasattr(settings, "with_root"):
         settings = settings.with_root(root, where=where)
-    inputs = tuple(_find_input(group, raw.get("from", ()), earlier, where, root) for group in stage.reads)
+    wanted = raw.get("from", ())
+    inputs = tuple(_find_input(group, wanted, earlier, where, root) for group in stage.reads)
+    _check_all_used(wanted, inputs, stage, where)
     return Step(name=name, stage=stage, settings=settings, inputs=inputs, given=given.get(name, {}))
+
+
+def _check_all_used(wanted: Sequence[str], inputs: Sequence["Step | str"], stage: Stage, where: str) -> None:
+    """Refuse a source that no input of the step comes from."""
+    used = {source.name for source in inputs if isinstance(source, Step)}
+    for source in wanted:
+        if "/" not in source and source not in used:
+            kinds = ", ".join(" or ".join(group) for group in stage.reads) or "nothing"
+            allowed = f"must make what stage {stage.name} reads, once each: {kinds}"
+            raise ConfigError(f"{where}.from", source, allowed, "remove it, or name another step")
 
 
 def _find_input(
@@ -311,7 +212,7 @@ def _find_input(
     known = {step.name: step for step in earlier}
     for source in wanted:
         if "/" in source:
-            uri = absolute_path(source, root, field=f"{where}.from")
+            uri = absolute_path(source.rstrip("/"), root, field=f"{where}.from")
             if open_artifact(uri, list(KINDS.values())).kind in group:
                 return uri
         elif source not in known:
@@ -324,71 +225,6 @@ def _find_input(
             return step
     kinds = " or ".join(group)
     raise ConfigError(f"{where}.from", list(wanted), f"must name what makes a {kinds}", "add a step that makes one")
-
-
-def step_digest(step: Step) -> str:
-    """Return the digest that a step's artefact has, without running anything.
-
-    Raises:
-        InputError: raw input is missing or empty.
-    """
-    inputs = [step_digest(source) if isinstance(source, Step) else source.rsplit("/", 1)[-1] for source in step.inputs]
-    content: dict[str, JsonValue] = {
-        "stage": step.stage.name,
-        "version": step.stage.version,
-        "settings": digest_settings(step.settings),
-        "inputs": list(inputs),
-    }
-    if step.stage.sources:
-        find_sources: Callable[[Any], Sequence[SourceFile]] = load_object(step.stage.sources)
-        content["sources"] = [[source.uri.rsplit("/", 1)[-1], source.sha256] for source in find_sources(step.settings)]
-    return make_digest(content)
-
-
-def step_uri(recipe: Recipe, step: Step) -> str:
-    """Return the folder of a step's artefact, `<run_dir>/<step>/<digest>`."""
-    return storage.join(recipe.run_dir, step.name, step_digest(step))
-
-
-def find_finished(recipe: Recipe, step: Step) -> Artifact | None:
-    """Return a step's finished artefact, or None; an Endpoint is finished only while it answers with its digest."""
-    found = find_artifact(step_uri(recipe, step))
-    if isinstance(found, Endpoint) and not load_object("ray_ds.serve.client:is_endpoint_alive")(found.manifest.facts):
-        return None
-    return found
-
-
-def prepare_run(recipe: Recipe, step: Step) -> StageRun:
-    """Return what a stage needs to run a step.
-
-    Raises:
-        ArtifactError: an input is unfinished or damaged.
-    """
-    inputs: list[Artifact] = []
-    for source, group in zip(step.inputs, step.stage.reads, strict=True):
-        kinds = [KINDS[kind] for kind in group]
-        try:
-            inputs.append(open_artifact(source if isinstance(source, str) else step_uri(recipe, source), kinds))
-        except ArtifactError as error:
-            if error.value == "no manifest" and isinstance(source, Step):
-                raise _with_action(error, f"run step {source.name} first") from error
-            raise
-    digest = step_digest(step)
-    return StageRun(
-        step=step.name,
-        stage=step.stage.name,
-        stage_version=step.stage.version,
-        kind=step.stage.writes,
-        uri=storage.join(recipe.run_dir, step.name, digest),
-        digest=digest,
-        settings=as_json(step.settings),
-        inputs=tuple(inputs),
-    )
-
-
-def _with_action(error: ArtifactError, action: str) -> ArtifactError:
-    """Return the same error with another advice."""
-    return ArtifactError(error.field, error.value, error.allowed, action)
 
 
 def field_names(settings: Any, prefix: str = "") -> list[tuple[str, Any]]:

@@ -11,18 +11,20 @@ from ray_ds import storage
 from ray_ds.artifacts import (
     KINDS,
     Artifact,
-    ArtifactRef,
     Checkpoint,
     Corpus,
     Endpoint,
     EvalReport,
     QuantizedModel,
     TokenShards,
+    check_input,
     open_artifact,
 )
 from ray_ds.config.settings import digest_settings, field_docs
-from ray_ds.errors import ArtifactError, UserError
-from ray_ds.recipe import Recipe, Step, field_names, find_finished, load_object, step_uri
+from ray_ds.errors import UserError
+from ray_ds.recipe import Recipe, Step, field_names
+from ray_ds.stage_table import load_object
+from ray_ds.steps import find_finished, step_uri
 
 SUMMARY = "summary.json"
 ANSWER_TOKENS = 48
@@ -103,22 +105,12 @@ def _trace(artifact: Artifact, depth: int, seen: set[str]) -> Iterator[str]:
     seen.add(artifact.uri)
     yield f"{indent}{manifest.kind} {manifest.digest}  {made_by}  {artifact.uri}"
     for ref in manifest.inputs:
-        yield from _trace(_follow(ref), depth + 1, seen)
+        found = open_artifact(ref.uri, [KINDS[ref.kind]])
+        check_input(artifact.uri, ref, found)
+        yield from _trace(found, depth + 1, seen)
     for source in manifest.sources:
         origin = f"sha256 {source.sha256[:16]}  {source.source}; {source.licence}"
         yield f"{indent}  file {source.uri}  {source.bytes} bytes  {origin}"
-
-
-def _follow(ref: ArtifactRef) -> Artifact:
-    found = open_artifact(ref.uri, [KINDS[ref.kind]])
-    if found.manifest_sha256 != ref.manifest_sha256 and ref.kind != Endpoint.kind:
-        raise ArtifactError(
-            f"{ref.uri}/manifest.json",
-            f"sha256 {found.manifest_sha256[:12]}",
-            f"must have sha256 {ref.manifest_sha256[:12]}, as its descendant says",
-            "it was made anew since; run the recipe again",
-        )
-    return found
 
 
 def write_summary(recipe: Recipe) -> dict[str, JsonValue]:
@@ -159,10 +151,8 @@ def _facts(artifact: Artifact) -> dict[str, JsonValue]:
         case Checkpoint():
             return {name: facts[key] for name, key in _CHECKPOINT_FACTS.items()}
         case EvalReport() if facts["model_kind"] == Checkpoint.kind:
-            return {
-                "validation_bits_per_byte": facts["bits_per_byte"],
-                **{f"{name}_bits_per_byte": facts[f"{name}_bits_per_byte"] for name in ("xz", "unigram", "bigram")},
-            }
+            scores = {"validation_bits_per_byte": facts["bits_per_byte"]}
+            return scores | {name: facts[name] for name in _BASELINES if name in facts}
         case EvalReport():
             return {"int8_validation_bits_per_byte": facts["bits_per_byte"]}
         case QuantizedModel():
@@ -172,6 +162,7 @@ def _facts(artifact: Artifact) -> dict[str, JsonValue]:
     return {}
 
 
+_BASELINES = ("xz_bits_per_byte", "unigram_bits_per_byte", "bigram_bits_per_byte")
 _CHECKPOINT_FACTS = {"parameters": "parameters", "steps": "step", "tokens_per_s": "tokens_per_s"}
 
 
@@ -186,8 +177,16 @@ def summary_lines(recipe: Recipe, summary: dict[str, JsonValue]) -> list[str]:
         else:
             text = _figure(value)
         rows.append((key.replace("_", " "), text))
+    if "bigram_bits_per_byte" in summary:
+        rows.append(
+            ("against the bigram", _distance(summary["validation_bits_per_byte"], summary["bigram_bits_per_byte"]))
+        )
     rows.append(("summary", storage.join(recipe.run_dir, SUMMARY)))
     return ["", *table_lines(rows), ""]
+
+
+def _distance(model: Any, bigram: Any) -> str:
+    return f"{abs(model / bigram - 1):.1%} {'fewer' if model < bigram else 'more'} bits per byte than the bigram"
 
 
 def _figure(value: JsonValue) -> str:

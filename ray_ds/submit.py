@@ -144,7 +144,7 @@ class _LogPrinter:
             tqdm.write(line) if self._bar is not None else print(line, flush=True)
             return
         step, done, total, fields = progress
-        if self._bar is None or self._bar.desc != f"{step}: ":
+        if self._bar is None or self._bar.desc != step:
             if self._bar is not None:
                 self._bar.close()
             self._bar = tqdm(total=total, desc=step, leave=True)

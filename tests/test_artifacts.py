@@ -16,6 +16,7 @@ def make_run(folder: Path, kind: str = "Corpus", inputs: tuple[Corpus, ...] = ()
         stage="clean",
         stage_version=1,
         kind=kind,
+        run_dir=str(folder),
         uri=str(folder / DIGEST),
         digest=DIGEST,
         settings={},
@@ -95,7 +96,7 @@ def test_the_manifest_names_its_inputs(corpus: Corpus, tmp_path: Path) -> None:
     made = make_run(tmp_path / "tokenizer", "Tokenizer", (corpus,)).commit({}, seconds=0.0)
     manifest = json.loads(Path(made.path("manifest.json")).read_text())
     assert manifest["inputs"] == [
-        {"kind": "Corpus", "uri": corpus.uri, "digest": DIGEST, "manifest_sha256": corpus.manifest_sha256}
+        {"kind": "Corpus", "uri": corpus.uri, "digest": DIGEST, "content_sha256": corpus.content_sha256}
     ]
     assert made.input_digest("Corpus") == DIGEST
 

@@ -15,6 +15,8 @@ FLOORS = {
     "config": 1,
     "artifacts": 1,
     "recipe": 1,
+    "stage_table": 1,
+    "steps": 1,
     "tokenizer": 2,
     "data": 2,
     "model": 2,

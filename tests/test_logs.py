@@ -14,12 +14,16 @@ def test_newlines_cannot_break_a_line() -> None:
     assert "\n" not in format_event("said", text="one\ntwo")
 
 
-def test_progress_is_rare_but_never_misses_the_end(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO, logger="ray_ds"):
-        logging.getLogger("ray_ds").propagate = True
-        progress = Progress("train", 100, interval_s=3600.0)
-        for done in range(101):
-            progress.update(done, loss=1.5)
+def test_progress_is_rare_but_never_misses_the_end(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logger = logging.getLogger("ray_ds")
+    monkeypatch.setattr(logger, "handlers", [caplog.handler])
+    monkeypatch.setattr(logger, "propagate", False)
+    monkeypatch.setattr(logger, "level", logging.INFO)
+    progress = Progress("train", 100, interval_s=3600.0)
+    for done in range(101):
+        progress.update(done, loss=1.5)
     assert [record.getMessage() for record in caplog.records] == [
         "progress step=train done=0 total=100 loss=1.5",
         "progress step=train done=100 total=100 loss=1.5",

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from ray_ds.cli import argument_parser
-from ray_ds.recipe import STAGES, load_recipe
+from ray_ds.recipe import load_recipe
+from ray_ds.stage_table import STAGES
 from tests.capabilities import marked_tests, with_table
 from tests.readme import README, commands
 

@@ -5,7 +5,9 @@ import pytest
 
 from ray_ds.config.settings import digest_settings
 from ray_ds.errors import ConfigError, InputError
-from ray_ds.recipe import STAGES, find_stage, load_object, load_recipe, prepare_run, step_digest, step_uri
+from ray_ds.recipe import load_recipe
+from ray_ds.stage_table import STAGES, find_stage, load_object
+from ray_ds.steps import find_finished, prepare_run, step_digest, step_uri
 
 RECIPES = Path(__file__).parent.parent / "jobs" / "recipes"
 TEXT = """
@@ -46,7 +48,7 @@ def test_shipped_recipes_parse(path: Path) -> None:
 
 @pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.name)
 def test_the_table_of_stages_names_what_exists(stage: object) -> None:
-    from ray_ds.recipe import Stage
+    from ray_ds.stage_table import Stage
 
     assert isinstance(stage, Stage)
     assert callable(load_object(stage.function))
@@ -79,6 +81,25 @@ def test_a_changed_setting_reaches_only_what_follows(recipe_path: Path) -> None:
     changed = load_recipe(str(recipe_path), overrides=["--tokenizer.vocab_size=301"])
     same = {step.name for step in plain.steps if step_digest(step) == step_digest(changed.step(step.name))}
     assert same == {"clean", "big"}
+
+
+def test_another_licence_of_the_same_files_is_another_corpus(recipe_path: Path) -> None:
+    plain = load_recipe(str(recipe_path))
+    recipe_path.write_text(recipe_path.read_text().replace('licence = "l"', 'licence = "m"'))
+    assert step_digest(plain.steps[0]) != step_digest(load_recipe(str(recipe_path)).steps[0])
+
+
+def test_which_files_have_which_licence_is_in_the_digest(recipe_path: Path) -> None:
+    folder = recipe_path.parent
+    (folder / "b.jsonl").write_text('{"text": "other"}\n')
+    (folder / "c.jsonl").write_text('{"text": "third"}\n')
+    inputs = '--clean.inputs=[{{glob = "{0}/{1}.jsonl", source = "s", licence = "l"}}, '
+    inputs += '{{glob = "{0}/{2}.jsonl", source = "t", licence = "m"}}]'
+    digests = {
+        step_digest(load_recipe(str(recipe_path), overrides=[inputs.format(folder, *globs)]).steps[0])
+        for globs in (("a", "[bc]"), ("[ab]", "c"))
+    }
+    assert len(digests) == 2
 
 
 def test_changed_input_changes_every_digest(recipe_path: Path) -> None:
@@ -134,6 +155,19 @@ def test_a_relative_input_needs_a_root(recipe_path: Path) -> None:
             'from = ["tok"]',
             r"t.toml: tokenize.from \(tok\) must name earlier steps \(clean, to",
         ),
+        (
+            'from = ["tokenizer"]',
+            'from = "tokenizer"',
+            r"t.toml: tokenize.from \(tokenizer\) must be a list of step names",
+        ),
+        ('from = ["tokenizer"]', "from = [3]", r"t.toml: tokenize.from \(\[3\]\) must hold strings"),
+        (
+            'from = ["tokenizer"]',
+            'from = ["tokenizer", "big"]',
+            r"tokenize.from \(big\) must make what stage tokenize rea",
+        ),
+        ("settings.vocab_size = 400", "settings = 3", r"t.toml: big.settings \(3\) must be a table; correct it"),
+        ('stage = "clean"', 'stage = ["clean"]', r"stage \(\['clean'\]\) must be a string"),
         ("vocab_size = 400", "vocab_sise = 400", r"t.toml: big.vocab_sise \(400\) must be one of the known settings"),
         ("vocab_size = 400", 'vocab_size = "4"', r"t.toml: big.vocab_size \(4\) must be a valid integer"),
         ("vocab_size = 400", "vocab_size = 4", r"t.toml: big.vocab_size \(4\) must be from 259"),
@@ -170,6 +204,24 @@ def test_a_recipe_needs_the_steps_it_reads_from(recipe_path: Path) -> None:
 def test_a_missing_recipe_is_an_error() -> None:
     with pytest.raises(ConfigError, match=r"recipe \(/absent.toml\) must be a TOML file; check the path"):
         load_recipe("/absent.toml")
+
+
+def test_a_folder_is_no_recipe(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"must be a TOML file; check the path"):
+        load_recipe(str(tmp_path))
+
+
+def test_an_artefact_by_its_folder_with_and_without_a_slash(recipe_path: Path) -> None:
+    recipe = load_recipe(str(recipe_path))
+    made = prepare_run(recipe, recipe.step("clean")).commit({}, seconds=0.0)
+    digests = set()
+    for source in (made.uri, made.uri + "/", "clean"):
+        text = recipe_path.read_text().replace('from = ["tokenizer"]', f'from = ["tokenizer", "{source}"]')
+        path = recipe_path.with_name("other.toml")
+        path.write_text(text)
+        digests.add(step_digest(load_recipe(str(path)).step("tokenize")))
+    assert digests == {step_digest(recipe.step("tokenize"))}
+    assert find_finished(recipe, recipe.step("clean")) == made
 
 
 def test_an_unknown_stage_is_an_error() -> None:

@@ -1,12 +1,14 @@
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
 from ray_ds.artifacts import Artifact, Corpus, SourceFile, StageRun
 from ray_ds.errors import ArtifactError
-from ray_ds.recipe import load_recipe, prepare_run
+from ray_ds.recipe import load_recipe
 from ray_ds.report import settings_lines, status_lines, summary_lines, trace_lines
+from ray_ds.steps import find_finished, prepare_run
 
 TEXT = """
 name = "t"
@@ -66,16 +68,39 @@ def test_trace_leads_to_the_input_files(recipe_path: Path) -> None:
     assert "a.jsonl" in lines[2] and "mine; CC0" in lines[2]
 
 
-def test_trace_notices_an_ancestor_made_anew(recipe_path: Path) -> None:
+def remake(corpus: Artifact, data: bytes) -> None:
+    """Make an artefact anew with another file in it."""
+    shutil.rmtree(corpus.uri)
+    Path(corpus.uri).mkdir()
+    Path(corpus.path("documents-0.parquet")).write_bytes(data)
+
+
+def test_a_descendant_of_an_artefact_made_anew_is_refused(recipe_path: Path) -> None:
     corpus = finish(recipe_path, "clean")
     made = finish(recipe_path, "tokenizer")
-    manifest = Path(corpus.path("manifest.json"))
-    manifest.write_text(manifest.read_text().replace('"seconds": 2.0', '"seconds": 3.0'))
-    with pytest.raises(ArtifactError, match=r"must have sha256 \w{12}, as its descendant says; it was made anew since"):
+    remake(corpus, b"other")
+    finish(recipe_path, "clean")
+    recipe = load_recipe(str(recipe_path))
+    message = r"must have content \w{12}, which this was made from; the input was made anew since; delete .*tokenizer/"
+    with pytest.raises(ArtifactError, match=message):
         trace_lines(made.uri)
+    with pytest.raises(ArtifactError, match=message):
+        find_finished(recipe, recipe.step("tokenizer"))
+
+
+def test_a_descendant_of_an_artefact_made_anew_to_the_same_bytes_stays_finished(recipe_path: Path) -> None:
+    corpus = finish(recipe_path, "clean")
+    finish(recipe_path, "tokenizer")
+    shutil.rmtree(corpus.uri)
+    finish(recipe_path, "clean")
+    recipe = load_recipe(str(recipe_path))
+    assert find_finished(recipe, recipe.step("tokenizer")) is not None
 
 
 def test_the_summary_is_a_table(recipe_path: Path) -> None:
     recipe = load_recipe(str(recipe_path))
-    lines = summary_lines(recipe, {"documents": {"in": 1200, "kept": 3}, "xz_bits_per_byte": 1.88123})
+    figures = {"documents": {"in": 1200, "kept": 3}, "xz_bits_per_byte": 1.88123}
+    scores = {"validation_bits_per_byte": 1.5, "bigram_bits_per_byte": 2.0}
+    lines = summary_lines(recipe, {**figures, **scores})
+    assert "against the bigram 25.0% fewer bits per byte than the bigram" in [" ".join(line.split()) for line in lines]
     assert [" ".join(line.split()) for line in lines[1:3]] == ["documents in 1,200, kept 3", "xz bits per byte 1.881"]

@@ -79,3 +79,4 @@ def test_a_job_log_shows_lines_and_a_terminal_a_bar(capsys: pytest.CaptureFixtur
     shown = capsys.readouterr()
     assert "progress" not in shown.out and "start" in shown.out and "end" in shown.out
     assert "train" in shown.err and "4/4" in shown.err
+    assert shown.err.count("\n") == 1  # one bar, whatever it is told

@@ -12,6 +12,10 @@ is_ours() {   # PID START-TIME
   [ -n "$2" ] && [ "$(start_time "$1")" = "$2" ]
 }
 
+living() {   # GROUP: ids of the processes of a group that have not ended (a zombie has)
+  ps -eo pgid=,pid=,stat= | awk -v group="$1" '$1 == group && $3 !~ /^Z/ {print $2}'
+}
+
 all_alive() {   # FILE: whether there are processes in it and all of them run
   [ -s "$1" ] || return 1
   local pid started name

@@ -1,12 +1,15 @@
 """What a stage asks of the cluster before it starts a worker."""
 
 import secrets
+from typing import Any
 
 import ray
+from ray.exceptions import GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ray_ds import storage
 from ray_ds.errors import ClusterError
+from ray_ds.logs import log_event
 
 PROBE_TIMEOUT_S = 60.0
 
@@ -77,9 +80,22 @@ def _read_on_each_node(uri: str) -> dict[str, str]:
             place = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
             reader = _read_text.options(scheduling_strategy=place, num_cpus=0)
             pending[f"{node['NodeManagerAddress']} ({node['NodeID'][:8]})"] = reader.remote(uri)
-    return {name: ray.get(result, timeout=PROBE_TIMEOUT_S) for name, result in pending.items()}
+    return {name: _answer(result) for name, result in pending.items()}
+
+
+def _answer(result: Any) -> str:
+    """Return what a node read; a node that is lost or silent has read nothing."""
+    try:
+        text: str = ray.get(result, timeout=PROBE_TIMEOUT_S)
+    except (GetTimeoutError, RayError) as error:
+        log_event("probe_failed", error=str(error).splitlines()[0])
+        return ""
+    return text
 
 
 @ray.remote(max_retries=1)  # type: ignore[untyped-decorator, unused-ignore]
 def _read_text(uri: str) -> str:
-    return storage.read_bytes(uri).decode() if storage.exists(uri) else ""
+    try:
+        return storage.read_bytes(uri).decode()
+    except OSError:
+        return ""

@@ -131,7 +131,7 @@ def start_cluster(state: Path, ports: Sequence[int]) -> dict[str, str]:
         "RAY_DS_DASHBOARD_PORT": str(ports[1]),
     }
     subprocess.run(
-        [PROJECT / "cluster/local/up.sh"], env=environment, check=True, timeout=240, stdout=subprocess.DEVNULL
+        [PROJECT / "cluster/local/up.sh"], env=environment, check=True, timeout=240, capture_output=True, text=True
     )
     return {**read_environment(state / "env"), "RAY_DS_CLUSTER_DIR": str(state)}
 

@@ -53,6 +53,15 @@ def test_down_without_a_cluster_does_nothing(tmp_path: Path) -> None:
     subprocess.run([PROJECT / "cluster/local/down.sh"], env=environment, check=True)
 
 
+def test_down_spares_a_process_that_took_over_an_id(tmp_path: Path) -> None:
+    with subprocess.Popen(["sleep", "600"], start_new_session=True) as stranger:
+        (tmp_path / "processes").write_text(f"{stranger.pid} 1 head\n")
+        environment = {**os.environ, "RAY_DS_CLUSTER_DIR": str(tmp_path)}
+        subprocess.run([PROJECT / "cluster/local/down.sh"], env=environment, check=True, capture_output=True)
+        assert stranger.poll() is None
+        stranger.kill()
+
+
 def test_a_port_in_use_is_a_clear_error(tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -61,3 +70,4 @@ def test_a_port_in_use_is_a_clear_error(tmp_path: Path) -> None:
         with pytest.raises(subprocess.CalledProcessError) as error:
             start_cluster(tmp_path / "cluster", [port, free_ports(1)[0]])
     assert error.value.returncode == 2
+    assert f"port {port} (in use) must be free; stop what listens there" in error.value.stderr

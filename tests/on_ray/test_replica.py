@@ -51,7 +51,7 @@ def make_checkpoint(folder: Path, uri: str) -> Checkpoint:
         seconds=0.0,
         package_version="0",
     )
-    return Checkpoint(uri=uri, manifest=manifest, manifest_sha256="")
+    return Checkpoint(uri=uri, manifest=manifest)
 
 
 def test_a_local_artefact_is_read_where_it_lies(tmp_path: Path) -> None:

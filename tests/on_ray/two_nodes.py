@@ -20,29 +20,32 @@ from ray.cluster_utils import Cluster
 T = TypeVar("T")
 
 STORE_BYTES = 80_000_000
-QUICK_DEATHS = {
+SYSTEM_CONFIG = {
+    # A dead raylet refuses its health checks at once, so 2 s find it; a busy one keeps the usual 10 s to answer.
     "health_check_initial_delay_ms": 500,
     "health_check_period_ms": 500,
     "health_check_failure_threshold": 3,
+    "object_manager_pull_timeout_ms": 1000,  # until a task's input is asked from another node than the dead one
+    "num_workers_soft_limit": 3,  # idle workers a node keeps, so that they need not be started again
 }
-"""A dead raylet refuses its health checks at once, so 2 s find it; a busy one keeps the usual 10 s to answer."""
 
 
-def add_node(cluster: Cluster) -> None:
-    """Start a node of one CPU, and so of one worker, and wait for it."""
-    cluster.add_node(num_cpus=1, object_store_memory=STORE_BYTES)
+def add_node(cluster: Cluster, *, wait: bool = True) -> None:
+    """Start a node that does one task at a time, and wait for it unless told not to."""
+    cluster.add_node(wait=wait, num_cpus=1, object_store_memory=STORE_BYTES)
 
 
 @contextmanager
 def start_cluster() -> Iterator[Cluster]:
     """Start a head without CPUs and two worker nodes, connect to them, and end exactly those."""
     head = {"num_cpus": 0, "object_store_memory": STORE_BYTES, "include_dashboard": False, "no_monitor": True}
-    cluster = Cluster(initialize_head=True, head_node_args={**head, "_system_config": QUICK_DEATHS})
+    cluster = Cluster(initialize_head=True, head_node_args={**head, "_system_config": SYSTEM_CONFIG})
     try:
         # While it is the only node, the head is the one that this process attaches to; the others can be killed.
         ray.init(address=cluster.address, log_to_driver=False)
-        add_node(cluster)
-        add_node(cluster)
+        for _ in range(2):
+            add_node(cluster, wait=False)
+        cluster.wait_for_nodes()
         yield cluster
     finally:
         ray.shutdown()

@@ -54,6 +54,7 @@ def _run(folder: Path, settings: CleanSettings) -> Corpus:
         stage="clean",
         stage_version=1,
         kind="Corpus",
+        run_dir=str(folder),
         uri=str(folder / "clean" / DIGEST),
         digest=DIGEST,
         settings=as_json(settings),
@@ -201,7 +202,7 @@ def test_a_killed_worker_changes_no_byte(
 def test_a_killed_raylet_changes_no_byte(
     cluster: Cluster, chapters: CleanSettings, undisturbed: Corpus, tmp_path: Path
 ) -> None:
-    """Its workers are orphans: a busy one may end its unit while another node does it too."""
+    """Its busy worker, an orphan, still commits its unit, and dies when it returns that; the repeated task finds it."""
     try:
         corpus, _ = _run_and_kill(tmp_path, chapters, lambda node_id, pid: raylet_pid(cluster, node_id))
     finally:

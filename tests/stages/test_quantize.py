@@ -79,7 +79,7 @@ def test_the_task_measures_both_models_on_the_same_tokens(tmp_path: Path) -> Non
     assert facts["tokenizer_digest"] == "t0"
 
 
-@pytest.mark.shows("quantization fails, and leaves nothing behind, when perplexity grows by more than 1 %")
+@pytest.mark.shows("Quantization fails, and leaves nothing behind, when perplexity grows by more than 1 %")
 def test_a_model_that_int8_spoils_fails_the_gate_and_leaves_no_files(tmp_path: Path) -> None:
     state = plant_outliers(trained_state("dense"))
     checkpoint, shards = make_checkpoint(tmp_path, state), make_shards(tmp_path)

@@ -187,7 +187,7 @@ def test_the_artefact_says_where_and_what_and_health_agrees(endpoint: Artifact, 
     assert is_endpoint_alive(endpoint.manifest.facts)
 
 
-@pytest.mark.shows("the `openai` client works against the endpoint, and a stream gives the text of the whole answer")
+@pytest.mark.shows("The `openai` client works against the endpoint, and a stream gives the text of the whole answer")
 @pytest.mark.parametrize("sampling", [{"temperature": 0}, {"temperature": 1.0, "seed": 5}])
 def test_the_openai_client_gets_the_same_text_streamed_and_whole(
     client: openai.OpenAI, quantized: Artifact, sampling: dict[str, float]
@@ -201,7 +201,7 @@ def test_the_openai_client_gets_the_same_text_streamed_and_whole(
         assert whole.choices[0].text == greedy_reference(quantized, "In the beginning 起初", 40)
 
 
-@pytest.mark.shows("an answer with a seed is the same whatever else the model is answering")
+@pytest.mark.shows("An answer with a seed is the same whatever else the model is answering")
 def test_answers_among_others_are_those_given_alone(client: openai.OpenAI) -> None:
     def ask(i: int) -> str:
         return (
@@ -263,7 +263,7 @@ def test_the_command_lines_client_asks_the_endpoint(endpoint: Artifact, quantize
     assert "".join(generate_stream(url, "In the beginning", max_tokens=20, api_key=API_KEY)) == answer
 
 
-@pytest.mark.shows("the endpoint grows from one replica to two under load")
+@pytest.mark.shows("The endpoint grows from one replica to two under load")
 def test_load_brings_a_second_replica(endpoint: Artifact, client: openai.OpenAI) -> None:
     is_over = threading.Event()
 
