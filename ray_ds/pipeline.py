@@ -3,12 +3,16 @@
 import time
 from collections.abc import Sequence
 
-from ray_ds.errors import RayDsError
+from ray_ds.artifacts import Endpoint
+from ray_ds.errors import ClusterError, RayDsError
 from ray_ds.logs import log_event
 from ray_ds.recipe import Recipe, Step
 from ray_ds.report import summary_lines, write_summary
+from ray_ds.serve.client import is_taken_by_another
 from ray_ds.steps import find_finished, prepare_run, step_digest
 from ray_ds.submit import JobRequest, check_overrides, follow_job, job_client, submit_step
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 class StepFailed(RayDsError):
@@ -22,6 +26,7 @@ def run_recipe(recipe: Recipe, root: str, overrides: Sequence[str]) -> int:
         0, or the exit status of the first job that failed.
     """
     started = time.monotonic()
+    check_ports(recipe)
     for step in recipe.steps:
         if (finished := find_finished(recipe, step)) is not None:
             log_event("skipped", step=step.name, reason="finished", uri=finished.uri)
@@ -33,6 +38,20 @@ def run_recipe(recipe: Recipe, root: str, overrides: Sequence[str]) -> int:
     print("\n".join(summary_lines(recipe, summary)))
     log_event("done", recipe=recipe.name, seconds=time.monotonic() - started)
     return 0
+
+
+def check_ports(recipe: Recipe) -> None:
+    """Refuse, before hours of training, an endpoint's port that another program of this machine has.
+
+    Raises:
+        ClusterError: it has.
+    """
+    for step in recipe.steps:
+        if step.stage.writes == Endpoint.kind and step.settings.host in LOOPBACK:
+            host, port = step.settings.host, step.settings.port
+            if is_taken_by_another(host, port):
+                action = f"stop the program that listens there, or choose another with --{step.name}.port="
+                raise ClusterError(f"{step.name}.port", port, f"must be free on {host}, or Ray Serve's", action)
 
 
 def submit_and_follow(recipe: Recipe, step: Step, root: str, overrides: Sequence[str]) -> int:
@@ -52,5 +71,5 @@ def submit_and_follow(recipe: Recipe, step: Step, root: str, overrides: Sequence
         log_event("failed", step=step.name, job=job_id, exit_status=status)
         return status
     if find_finished(recipe, step) is None:
-        raise StepFailed(f"job {job_id} of step {step.name} ended, but its artefact is not readable here")
+        raise StepFailed(f"job {job_id} of step {step.name} ended, but its {step.stage.writes} cannot be reached from here")
     return 0

@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import socket
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
@@ -68,6 +69,19 @@ def read_health(url: str) -> Mapping[str, Any] | None:
     except (OSError, http.client.HTTPException, ValueError):
         return None
     return content if isinstance(content, dict) else None
+
+
+def is_taken_by_another(host: str, port: int) -> bool:
+    """Tell whether something other than a Ray Serve proxy listens on a port, as seen from here."""
+    try:
+        socket.create_connection((host, port), timeout=HEALTH_TIMEOUT_S).close()
+    except OSError:
+        return False
+    try:
+        with _open(urllib.request.Request(f"http://{host}:{port}/-/healthz"), HEALTH_TIMEOUT_S) as response:
+            return bool(response.read() != b"success")
+    except (OSError, http.client.HTTPException):
+        return True
 
 
 def is_endpoint_alive(facts: Mapping[str, Any]) -> bool:

@@ -1,6 +1,8 @@
 """The whole road on a local cluster of three nodes: text in, answers out, and what a person sees on the way."""
 
 import json
+import shutil
+import socket
 import subprocess
 from pathlib import Path
 
@@ -129,6 +131,37 @@ def test_mistakes_exit_with_2_before_anything_starts(site: Site, arguments: list
     assert result.returncode == 2
     assert message in result.stderr
     assert " submitted " not in result.stdout
+
+
+def test_a_port_in_use_is_found_before_anything_starts(site: Site, finished: Finished) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        result = site.ray_ds("run", RECIPE, f"--serve.port={port}")
+    assert result.returncode == 2
+    assert f"serve.port ({port}) must be free on 127.0.0.1, or Ray Serve's; stop the program" in result.stderr
+
+
+def test_an_artefact_of_another_recipe(site: Site, finished: Finished) -> None:
+    summary = json.loads((site.folder / "runs/mini/summary.json").read_text())
+    other = site.folder / "runs/mini/tokenizer/fedcba9876543210"
+    shutil.copytree(summary["artefacts"]["tokenizer"], other)
+    result = site.ray_ds("trace", str(other))
+    assert result.returncode == 2 and "it is an artefact of another recipe; put it back" in result.stderr
+
+
+def test_a_damaged_checkpoint(site: Site, finished: Finished) -> None:
+    summary = json.loads((site.folder / "runs/mini/summary.json").read_text())
+    weights = Path(summary["artefacts"]["train"]) / "model/model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    try:
+        result = site.ray_ds("submit", "quantize", RECIPE, "--quantize.gate_tokens=1024")
+        assert result.returncode == 2
+        assert "model.safetensors (sha256" in result.stdout and "as its manifest says; restore it" in result.stdout
+    finally:
+        weights.write_bytes(whole)
 
 
 def test_missing_and_empty_input(site: Site) -> None:

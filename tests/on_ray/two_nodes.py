@@ -59,7 +59,7 @@ def raylet_pid(cluster: Cluster, node_id: str) -> int:
     return pid
 
 
-def wait_for(find: Callable[[], T]) -> T:
+def wait_for(find: Callable[[], T | None]) -> T:
     """Wait until something is found and return it; fail after a minute."""
     deadline = time.monotonic() + 60
     while not (found := find()):
