@@ -71,5 +71,7 @@ def submit_and_follow(recipe: Recipe, step: Step, root: str, overrides: Sequence
         log_event("failed", step=step.name, job=job_id, exit_status=status)
         return status
     if find_finished(recipe, step) is None:
-        raise StepFailed(f"job {job_id} of step {step.name} ended, but its {step.stage.writes} cannot be reached from here")
+        raise StepFailed(
+            f"job {job_id} of step {step.name} ended, but its {step.stage.writes} cannot be reached from here"
+        )
     return 0

@@ -76,7 +76,9 @@ class CleanSettings:
     min_language_score: Annotated[float, pydantic.Field(ge=0, le=1)] = 0.5
     """Drop a document whose language is less certain than this, by the lid.176 model."""
     mask_pii: bool = True
-    """Put `<EMAIL>`, `<IP>` and `<PHONE>` in the place of e-mail addresses, global IP addresses and phone numbers."""
+    """Put `<EMAIL>`, `<IP>` and `<PHONE>` in the place of e-mail addresses, global IP addresses and phone numbers,
+    in the corpus and in the report's samples. `quarantine/` holds damaged records as they were found, unmasked, so that
+    they can be mended: guard it as you do the raw files."""
     exact_duplicates: bool = True
     """Drop all but the first of documents that are equal but for white space and case, over all inputs."""
     unit_bytes: Annotated[int, pydantic.Field(ge=MIN_UNIT_BYTES)] = 64 << 20

@@ -4,35 +4,38 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from ray_ds.config.settings import OUTPUT_UNCHANGED, settings
+from ray_ds.config.settings import OUTPUT_UNCHANGED, fill_or_refuse, settings
 from ray_ds.errors import ConfigError
+
+SCALING_DEFAULTS = {"target_ongoing_requests": 4.0, "upscale_delay_s": 5.0, "downscale_delay_s": 60.0}
+"""What is in force where `max_replicas` is above `min_replicas`."""
 
 
 @settings
 class AutoscalingSettings:
-    """How many replicas answer."""
+    """How many replicas answer; what says when their number changes must be left out where it cannot."""
 
     min_replicas: Annotated[int, Field(ge=1)] = 1
     """Replicas that are always there."""
     max_replicas: Annotated[int, Field(ge=1)] = 2
     """Replicas there may be under load; no more than the cluster has room for ever start."""
-    target_ongoing_requests: Annotated[float, Field(gt=0)] = 4.0
-    """Requests a replica should have at a time: with more on average one is added, with fewer one is taken away."""
-    upscale_delay_s: Annotated[float, Field(ge=0)] = 5.0
-    """Seconds of too much load before a replica is added."""
-    downscale_delay_s: Annotated[float, Field(ge=0)] = 60.0
-    """Seconds of too little load before a replica is taken away."""
+    target_ongoing_requests: Annotated[float, Field(gt=0)] | None = None
+    """Requests a replica should have at a time: with more on average one is added, with fewer one is taken away; absent
+    = 4."""
+    upscale_delay_s: Annotated[float, Field(ge=0)] | None = None
+    """Seconds of too much load before a replica is added; absent = 5."""
+    downscale_delay_s: Annotated[float, Field(ge=0)] | None = None
+    """Seconds of too little load before a replica is taken away; absent = 60."""
 
     def __post_init__(self) -> None:
         """Refuse ranges without a number in them, and rules that would never be used."""
         if self.max_replicas < self.min_replicas:
             allowed = f"must be at least min_replicas ({self.min_replicas})"
             raise ConfigError("max_replicas", self.max_replicas, allowed, "raise it")
-        if self.max_replicas == self.min_replicas:
-            for name in ("target_ongoing_requests", "upscale_delay_s", "downscale_delay_s"):
-                if getattr(self, name) != getattr(type(self), name):
-                    allowed = f"has no effect while min_replicas = max_replicas = {self.min_replicas}"
-                    raise ConfigError(name, getattr(self, name), allowed, "remove it or raise max_replicas")
+        is_fixed = self.max_replicas == self.min_replicas
+        unused = f"has no effect while min_replicas = max_replicas = {self.min_replicas}" if is_fixed else None
+        for name, default in SCALING_DEFAULTS.items():
+            fill_or_refuse(self, name, default, unused=unused)
 
 
 @settings

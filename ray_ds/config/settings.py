@@ -116,6 +116,23 @@ def digest_settings(value: Any) -> JsonValue:
     raise TypeError(f"settings hold {type(value).__name__}, which has no digest")
 
 
+def fill_or_refuse(value: object, name: str, default: Any, *, unused: str | None) -> None:
+    """Give a field that was left out (None) its default, or refuse one that was given to no effect.
+
+    For `__post_init__`, which alone may change a frozen dataclass.
+
+    Args:
+        unused: why the field has no effect, such as "has no effect in a dense model"; None = it has one.
+    Raises:
+        ConfigError: it was given and has none.
+    """
+    given = getattr(value, name)
+    if unused is None:
+        object.__setattr__(value, name, default if given is None else given)
+    elif given is not None:
+        raise ConfigError(name, given, unused, "remove it")
+
+
 def field_docs(cls: type[Any]) -> dict[str, str]:
     """Return the docstring under each field of a settings class, by field name."""
     schema = _adapter(cls).json_schema()

@@ -7,11 +7,14 @@ import pydantic
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from ray_ds.config.model import ModelSettings
-from ray_ds.config.settings import OUTPUT_UNCHANGED, settings
+from ray_ds.config.settings import OUTPUT_UNCHANGED, fill_or_refuse, settings
 from ray_ds.errors import ConfigError
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Fraction = Annotated[float, pydantic.Field(ge=0, lt=1)]
+
+ROUTER_BIAS_SPEED = 1e-3
+VALIDATION_TOKENS = 65536
 
 
 @settings
@@ -93,8 +96,9 @@ class TrainSettings:
     """How the rates change over the steps."""
     gradient_clipping: NonNegativeFloat = 1.0
     """Largest norm of the gradient over all weights; 0 = not clipped."""
-    router_bias_speed: NonNegativeFloat = 1e-3
-    """How much an expert's bias moves a step towards balance (arXiv 2408.15664); a model with experts uses it."""
+    router_bias_speed: NonNegativeFloat | None = None
+    """How much an expert's bias moves a step towards balance (arXiv 2408.15664), for a model with experts only; absent
+    = 0.001."""
     seed: NonNegativeInt = 0
     """Of the weights at the start and of the order of the rows."""
     window_shards: PositiveInt = 4
@@ -105,8 +109,9 @@ class TrainSettings:
     """Checkpoints kept; the older ones are deleted. Two survive one that is damaged."""
     validate_every: Annotated[NonNegativeInt, OUTPUT_UNCHANGED] = 0
     """Steps between looks at the validation loss; 0 = never."""
-    validation_tokens: Annotated[PositiveInt, OUTPUT_UNCHANGED] = 65536
-    """Tokens of the validation split that such a look reads, rounded up to the workers' micro-batches."""
+    validation_tokens: Annotated[PositiveInt | None, OUTPUT_UNCHANGED] = None
+    """Tokens of the validation split that such a look reads, rounded up to the workers' micro-batches; absent = 65536.
+    """
     log_every: Annotated[PositiveInt, OUTPUT_UNCHANGED] = 10
     """Steps between progress lines; the metrics file has every step."""
     recompute_activations: Annotated[bool, OUTPUT_UNCHANGED] = False
@@ -125,7 +130,12 @@ class TrainSettings:
     """Times that lost workers are replaced, each time from the last checkpoint, before the job fails."""
 
     def __post_init__(self) -> None:
-        """Refuse settings that do not fit together."""
+        """Refuse settings that do not fit together or have no effect."""
+        has_experts = self.model.resolve(vocab_size=1, max_position_embeddings=1).num_moe_layers > 0
+        unused = None if has_experts else "has no effect in a dense model"
+        fill_or_refuse(self, "router_bias_speed", ROUTER_BIAS_SPEED, unused=unused)
+        unused = None if self.validate_every else "has no effect while validate_every is 0"
+        fill_or_refuse(self, "validation_tokens", VALIDATION_TOKENS, unused=unused)
         self._check_length()
         self._check_grid()
         self._check_muon()

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -133,8 +134,7 @@ def clean_unit(unit: Unit, settings: CleanSettings, publish: Publish, *, folder:
             damaged.append({name: getattr(item, name) for name in QUARANTINE.names})
         elif item.reason:
             broken = [rule for bit, rule in enumerate(RULES) if item.mask >> bit & 1]
-            sample = Sample(doc_id=item.record.doc_id, language=item.language, text=item.text[:SAMPLE_CHARS])
-            counts.add_dropped(item.reason, broken, sample)
+            counts.add_dropped(item.reason, broken, item.language, partial(_make_sample, item, settings))
         else:
             counts.add_kept(item.language, item.masked)
             parts.add(item)
@@ -144,6 +144,12 @@ def clean_unit(unit: Unit, settings: CleanSettings, publish: Publish, *, folder:
         publish(f"quarantine/{unit.name}.parquet", to_parquet(table))
     counts.check(f"unit {unit.name}")
     return {"counts": counts_to_json(counts), "parts": parts.written}
+
+
+def _make_sample(dropped: Cleaned, settings: CleanSettings) -> Sample:
+    """Return the beginning of a dropped document; masked before it is cut, since half an address is not recognised."""
+    text = mask_pii(dropped.text).text if settings.mask_pii else dropped.text
+    return Sample(doc_id=dropped.record.doc_id, language=dropped.language, text=text[:SAMPLE_CHARS])
 
 
 def clean_records(records: Iterable[Record], settings: CleanSettings) -> Iterator[Cleaned | Record]:

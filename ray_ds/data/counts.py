@@ -1,6 +1,6 @@
 """Count what became of every record, and prove that none was lost."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import pydantic
@@ -63,14 +63,14 @@ class Counts:
         if masked is not None:
             _add(self.masked, {"email": masked.num_emails, "ip": masked.num_ips, "phone": masked.num_phones})
 
-    def add_dropped(self, reason: str, broken: Iterable[str], sample: Sample) -> None:
-        """Count a dropped document."""
+    def add_dropped(self, reason: str, broken: Iterable[str], language: str, make_sample: Callable[[], Sample]) -> None:
+        """Count a dropped document; a sample is made of it only if it is one of the first."""
         _add(self.dropped, {reason: 1})
         _add(self.broken, dict.fromkeys(broken, 1))
-        _add(self.languages.setdefault(sample.language, {}), {reason: 1})
+        _add(self.languages.setdefault(language, {}), {reason: 1})
         samples = self.samples.setdefault(reason, [])
         if len(samples) < SAMPLES_PER_REASON:
-            samples.append(sample)
+            samples.append(make_sample())
 
     def add_quarantined(self, damage: str) -> None:
         """Count a damaged record."""

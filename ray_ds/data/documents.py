@@ -1,5 +1,6 @@
 """Reading the documents of a corpus, and choosing among them by a hash of their ids."""
 
+import re
 from collections.abc import Iterator, Sequence
 
 import pyarrow as pa
@@ -13,6 +14,8 @@ from ray_ds.errors import ArtifactError
 DOCUMENTS_PREFIX = "documents-"
 DOCUMENTS_SUFFIX = ".parquet"
 READ_ROWS = 256
+_WITH_OWN_ID = re.compile(r"[0-9a-f]{12}(?:\.\d+)?-\d+:(.+)", re.DOTALL)
+"""A document id with an own id in it, as `readers.py` makes them."""
 
 
 def file_names(corpus: Corpus) -> list[str]:
@@ -33,13 +36,18 @@ def file_names(corpus: Corpus) -> list[str]:
     return sorted(names)
 
 
+def file_path(name: str) -> str:
+    """Return the path of a file in its corpus: `documents-00000.parquet` for `00000`."""
+    return f"{DOCUMENTS_PREFIX}{name}{DOCUMENTS_SUFFIX}"
+
+
 def read_documents(corpus_uri: str, name: str) -> Iterator[Sequence[tuple[str, str]]]:
     """Yield (doc_id, text) pairs of one file in order, a batch at a time.
 
     Raises:
         ArtifactError: the file is damaged.
     """
-    uri = storage.join(corpus_uri, f"{DOCUMENTS_PREFIX}{name}{DOCUMENTS_SUFFIX}")
+    uri = storage.join(corpus_uri, file_path(name))
     system, path = storage.filesystem(uri)
     try:
         with system.open_input_file(path) as file:
@@ -63,9 +71,12 @@ def hash_fraction(key: str, purpose: str, seed: int) -> float:
 def group_of(doc_id: str) -> str | None:
     """Return the group of a document, such as the book of a chapter; None where its raw file gave it no id.
 
-    A document id is `<file>-<position>:<own id>`; the group is the own id up to its last `:` or `/`. An own id
-    without one is a group by itself.
+    A document id is `<file>-<position>`, and `:<own id>` after it where there is one; the group is the own id up to its
+    last `:` or `/`. An own id without one is a group by itself.
     """
-    own_id = doc_id.partition(":")[2]
+    found = _WITH_OWN_ID.fullmatch(doc_id)
+    if found is None:
+        return None
+    own_id = found[1]
     cut = max(own_id.rfind(":"), own_id.rfind("/"))
-    return own_id[:cut] if cut >= 0 else own_id or None
+    return own_id[:cut] if cut >= 0 else own_id

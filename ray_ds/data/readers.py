@@ -30,6 +30,7 @@ class Record:
     position: int
     """Byte offset in the (decompressed) file; the row in a parquet file."""
     doc_id: str
+    """`<file>-<position>`, and `:<own id>` after it where the raw file gave one; unique in any case."""
     text: str | None
     source: str = ""
     licence: str = ""
@@ -294,15 +295,15 @@ def _make_record(piece: Piece, position: int, values: dict[str, Any]) -> Record:
     """Return the record, its columns checked."""
     files = piece.file.files
     text = _text_value(values, files.text_column)
-    local_id = str(position)
+    doc_id = f"{piece.doc_id_prefix}-{position}"
     if files.id_column is not None:
         own_id = values.get(files.id_column)
         is_number = isinstance(own_id, int) and not isinstance(own_id, bool)
-        local_id = str(own_id) if is_number else _text_value(values, files.id_column)
+        doc_id += f":{own_id if is_number else _text_value(values, files.id_column)}"
     return Record(
         uri=piece.file.uri,
         position=position,
-        doc_id=f"{piece.doc_id_prefix}:{local_id}",
+        doc_id=doc_id,
         text=text,
         source=_text_value(values, files.source_column) if files.source_column is not None else files.source or "",
         licence=_text_value(values, files.licence_column) if files.licence_column is not None else files.licence or "",
@@ -330,7 +331,7 @@ def _damaged(piece: Piece, position: int, error: _DamageError, data: bytes) -> R
     return Record(
         uri=piece.file.uri,
         position=position,
-        doc_id=f"{piece.doc_id_prefix}:{position}",
+        doc_id=f"{piece.doc_id_prefix}-{position}",
         text=None,
         source=piece.file.files.source or "",
         licence=piece.file.files.licence or "",

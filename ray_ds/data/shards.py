@@ -25,7 +25,12 @@ def token_dtype(vocab_size: int) -> type[np.uint16] | type[np.uint32]:
 
 
 def write_shard(uri: str, documents: Sequence[NDArray[Any]], doc_ids: Sequence[str], dtype: DTypeLike) -> None:
-    """Write documents (1-D arrays of ids) as one shard, atomically; the same documents give the same bytes.
+    """Write documents (1-D arrays of ids) as one shard, atomically."""
+    storage.write_bytes(uri, encode_shard(documents, doc_ids, dtype))
+
+
+def encode_shard(documents: Sequence[NDArray[Any]], doc_ids: Sequence[str], dtype: DTypeLike) -> bytes:
+    """Return documents (1-D arrays of ids) as one shard; the same documents give the same bytes.
 
     All documents are one record batch, so that the flat values of `tokens` are the shard's token stream.
     """
@@ -38,7 +43,8 @@ def write_shard(uri: str, documents: Sequence[NDArray[Any]], doc_ids: Sequence[s
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, batch.schema) as writer:
         writer.write_batch(batch)
-    storage.write_bytes(uri, sink.getvalue())
+    data: bytes = sink.getvalue().to_pybytes()
+    return data
 
 
 class TokenSplit:

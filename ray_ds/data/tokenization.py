@@ -1,15 +1,15 @@
 """Turning one file of a corpus into token shards."""
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from ray_ds import storage
 from ray_ds.config.tokenize import HoldOut
+from ray_ds.data.clean_text import Publish
 from ray_ds.data.documents import group_of, hash_fraction, read_documents
-from ray_ds.data.shards import SHARD_SUFFIX, SPLITS, Split, token_dtype, write_shard
+from ray_ds.data.shards import SHARD_SUFFIX, SPLITS, Split, encode_shard, token_dtype
 from ray_ds.errors import ConfigError
 from ray_ds.tokenizer import load_tokenizer
 
@@ -25,10 +25,6 @@ class TokenizeJob:
     """The step's name, for errors."""
     corpus_uri: str
     tokenizer_uri: str
-    output_uri: str
-    """Folder of the shards: `<split>/<file>.arrow`."""
-    work_uri: str
-    """Folder of the files' commits: `<file>.json`."""
     validation_fraction: float
     hold_out: HoldOut
     seed: int
@@ -47,12 +43,15 @@ def split_of(doc_id: str, job: TokenizeJob) -> Split:
     return "validation" if hash_fraction(key, "validation", job.seed) < job.validation_fraction else "train"
 
 
-def tokenize_file(name: str, job: TokenizeJob) -> Counts:
-    """Write a file's shard of each split that it has documents of, then its commit; return what they hold.
+def tokenize_file(name: str, publish: Publish, job: TokenizeJob) -> Counts:
+    """Publish a file's shard of each split that it has documents of, `<split>/<file>.arrow`; return what they hold.
 
-    The bytes depend on the file and the job alone, and shards appear whole, so a file that is done twice (a worker
-    died, or was thought dead) leaves what one run leaves. Each document is BOS and its tokens; no EOS, since the next
-    BOS ends it.
+    The bytes depend on the file and the job alone. Each document is BOS and its tokens; no EOS, since the next BOS ends
+    it.
+
+    Raises:
+        ArtifactError: the file is damaged.
+        ConfigError: groups are asked for, and a document has none.
     """
     tokenizer = load_tokenizer(job.tokenizer_uri)
     dtype = token_dtype(tokenizer.vocab_size)
@@ -68,30 +67,15 @@ def tokenize_file(name: str, job: TokenizeJob) -> Counts:
             num_bytes[split] += len(text.encode())
     for split in SPLITS:
         if documents[split]:
-            uri = storage.join(job.output_uri, split, name + SHARD_SUFFIX)
-            write_shard(uri, documents[split], doc_ids[split], dtype)
-    counts: Counts = {
+            publish(f"{split}/{name}{SHARD_SUFFIX}", encode_shard(documents[split], doc_ids[split], dtype))
+    return {
         "documents": {split: len(documents[split]) for split in SPLITS},
         "tokens": {split: sum(map(len, documents[split])) for split in SPLITS},
         "bytes": {split: num_bytes[split] for split in SPLITS},
     }
-    storage.write_bytes(commit_uri(name, job), json.dumps(counts).encode())
-    return counts
 
 
-def commit_uri(name: str, job: TokenizeJob) -> str:
-    """Return where the commit of a finished file lies."""
-    return storage.join(job.work_uri, f"{name}.json")
-
-
-def read_commits(names: Iterable[str], job: TokenizeJob) -> dict[str, Counts]:
-    """Return the counts of the files that are finished already."""
-    found = {entry.path for entry in storage.list_files(job.work_uri)}
-    finished = [name for name in names if f"{name}.json" in found]
-    return {name: json.loads(storage.read_bytes(commit_uri(name, job))) for name in finished}
-
-
-def sum_counts(parts: Iterable[Mapping[str, Mapping[str, int]]]) -> Counts:
+def sum_counts(parts: Iterable[Mapping[str, Any]]) -> Counts:
     """Return the sums over files."""
     total: Counts = {key: dict.fromkeys(SPLITS, 0) for key in ("documents", "tokens", "bytes")}
     for part in parts:

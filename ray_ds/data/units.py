@@ -1,6 +1,5 @@
 """Which raw files there are, and how they are cut into work units."""
 
-import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -9,10 +8,12 @@ from typing import Literal
 
 import pyarrow as pa
 from pyarrow import parquet
+from pydantic import JsonValue
 
 from ray_ds import storage
-from ray_ds.artifacts import SourceFile
+from ray_ds.artifacts import SourceFile, make_digest
 from ray_ds.config.clean import CleanSettings, InputFiles
+from ray_ds.config.settings import digest_settings
 from ray_ds.errors import ConfigError, InputError
 
 Format = Literal["jsonl", "parquet", "txt"]
@@ -68,9 +69,15 @@ class Unit:
 
     @property
     def input_hash(self) -> str:
-        """Return 16 hexadecimal digits that stand for the bytes the unit reads."""
-        parts = [f"{piece.doc_id_prefix}:{piece.sha256}:{piece.start}:{piece.stop}" for piece in self.pieces]
-        return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+        """Return 16 hexadecimal digits that stand for the bytes the unit reads and for how it reads them."""
+        parts: list[JsonValue] = [
+            [
+                [piece.doc_id_prefix, piece.sha256, piece.start, piece.stop],
+                [piece.file.format, piece.file.compression, digest_settings(piece.file.files)],
+            ]
+            for piece in self.pieces
+        ]
+        return make_digest(parts)
 
 
 def find_input_files(settings: CleanSettings) -> list[InputFile]:

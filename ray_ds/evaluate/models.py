@@ -1,5 +1,7 @@
 """Loading what is evaluated."""
 
+import os
+import shutil
 from pathlib import Path
 
 import torch
@@ -28,13 +30,23 @@ def load_model(artifact: Artifact, precision: str, device: str, cache: Path) -> 
 
 
 def local_model_folder(artifact: Artifact, cache: Path) -> Path:
-    """Return the artefact's `model/` on this machine, copied below `cache` from an object store."""
+    """Return the artefact's `model/` on this node, copied into `cache` when the artefact is on an object store."""
     if not storage.is_remote(artifact.uri):
         return storage.local_path(artifact.path(MODEL_FOLDER))
+    target = cache / artifact.digest
+    if target.exists():
+        return target
+    partial = cache / f".{artifact.digest}.{os.getpid()}.partial"
     for info in artifact.manifest.files:
         if info.path.startswith(f"{MODEL_FOLDER}/"):
-            target = cache / info.path
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with open(target, "wb") as file:
-                file.writelines(storage.read_blocks(artifact.path(info.path)))
-    return cache / MODEL_FOLDER
+            path = partial / info.path.removeprefix(f"{MODEL_FOLDER}/")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(path, "wb") as file:
+                for block in storage.read_blocks(artifact.path(info.path)):
+                    file.write(block)
+    try:
+        os.replace(partial, target)
+    except OSError:  # another process of this node was faster
+        shutil.rmtree(partial)
+        assert target.exists(), f"cannot move {partial} to {target}"
+    return target

@@ -11,15 +11,14 @@ from torch import Tensor
 
 from ray_ds.data.shards import TokenSplit
 from ray_ds.evaluate.spans import Span, span_inputs, span_targets
-
-IGNORED_TARGET = -100
+from ray_ds.model.loss import IGNORED_TARGET
 
 
 class LossModel(Protocol):
     """A causal language model; a `Decoder` is one."""
 
     def __call__(self, tokens: Tensor, *, targets: Tensor) -> Tensor:
-        """Return the summed cross-entropy in nats of `targets` (B, T), -100 left out, after `tokens` (B, T)."""
+        """Return the summed cross-entropy in nats of `targets` (B, T) after `tokens` (B, T), -100 left out."""
         ...
 
 

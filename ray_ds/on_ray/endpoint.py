@@ -3,6 +3,7 @@
 import socket
 import time
 from collections.abc import Callable
+from typing import Any
 
 import ray
 from ray import serve
@@ -11,12 +12,15 @@ from ray.serve.api import RunTarget
 from ray.serve.config import HTTPOptions, ProxyLocation
 from ray.serve.context import _get_global_client
 from ray.serve.schema import ApplicationStatus
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ray_ds.config.serve import ServeSettings
 from ray_ds.errors import ClusterError, ConfigError
 from ray_ds.serve.client import read_health
 
 POLL_S = 0.25
+HEAD_RESOURCE = "node:__internal_head__"
+"""What Ray gives the head node to have, and no other."""
 FAILED = (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY)
 
 
@@ -49,19 +53,36 @@ def proxy_address() -> tuple[str, int] | None:
 
 
 def _check_port_is_free(host: str, port: int, step: str) -> None:
+    """Try the address on the head node, where the proxy will listen."""
+    place = NodeAffinitySchedulingStrategy(head_node()["NodeID"], soft=False)
+    reason = ray.get(_try_to_listen.options(scheduling_strategy=place, num_cpus=0).remote(host, port))
+    if reason is not None:
+        action = "choose another port, or stop the program that has this one"
+        raise ClusterError(f"{step}.port", f"{host}:{port}", f"must be free on the head node ({reason})", action)
+
+
+@ray.remote(max_retries=1)  # type: ignore[untyped-decorator, unused-ignore]
+def _try_to_listen(host: str, port: int) -> str | None:
+    """Return why this node cannot listen at an address, or None."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
         except OSError as error:
-            action = "choose another port, or stop the program that has this one"
-            raise ClusterError(f"{step}.port", f"{host}:{port}", f"must be free ({error})", action) from error
+            return str(error)
+    return None
+
+
+def head_node() -> dict[str, Any]:
+    """Return Ray's record of the cluster's head node."""
+    nodes: list[dict[str, Any]] = ray.nodes()
+    return next(node for node in nodes if node["Alive"] and HEAD_RESOURCE in node["Resources"])
 
 
 def endpoint_url(settings: ServeSettings) -> str:
     """Return the address that clients use, without a slash at its end."""
-    host = ray.util.get_node_ip_address() if settings.host in ("0.0.0.0", "::") else settings.host
+    host = head_node()["NodeManagerAddress"] if settings.host in ("0.0.0.0", "::") else settings.host
     address = f"[{host}]" if ":" in host else host
     return f"http://{address}:{settings.port}{settings.route_prefix.rstrip('/')}"
 

@@ -5,7 +5,6 @@ reads the artefact by URI, and has no part of a job's working directory (ray#337
 """
 
 import os
-import shutil
 import tempfile
 import time
 from pathlib import Path
@@ -20,6 +19,7 @@ from ray_ds import storage
 from ray_ds.artifacts import Artifact, Checkpoint, QuantizedModel, open_artifact
 from ray_ds.config.serve import AutoscalingSettings, ServeSettings
 from ray_ds.errors import ArtifactError
+from ray_ds.evaluate.models import local_model_folder
 from ray_ds.logs import log_event, setup_logging
 from ray_ds.serve.engine import Engine
 from ray_ds.serve.http.app import build_app
@@ -96,29 +96,6 @@ class ModelReplica:
             self._engine.close()
 
 
-def local_model_folder(artifact: Artifact, cache: Path) -> Path:
-    """Return the artefact's `model/` on this node, copied into `cache` when the artefact is on an object store."""
-    if not storage.is_remote(artifact.uri):
-        return storage.local_path(artifact.path("model"))
-    target = cache / artifact.digest
-    if target.exists():
-        return target
-    partial = cache / f".{artifact.digest}.{os.getpid()}.partial"
-    for info in artifact.manifest.files:
-        if info.path.startswith("model/"):
-            path = partial / info.path.removeprefix("model/")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(path, "wb") as file:
-                for block in storage.read_blocks(artifact.path(info.path)):
-                    file.write(block)
-    try:
-        os.replace(partial, target)
-    except OSError:  # another replica of this node was faster
-        shutil.rmtree(partial)
-        assert target.exists(), f"cannot move {partial} to {target}"
-    return target
-
-
 def check_model_files(artifact: Artifact, folder: Path) -> None:
     """Check the files that will be loaded, wherever they lie, against the manifest.
 
@@ -162,12 +139,5 @@ def build_application(artifact_uri: str, digest: str, settings: ServeSettings, a
 
 def autoscaling_config(settings: AutoscalingSettings) -> AutoscalingConfig:
     """Return Serve's form of the settings."""
-    return AutoscalingConfig(
-        min_replicas=settings.min_replicas,
-        max_replicas=settings.max_replicas,
-        target_ongoing_requests=settings.target_ongoing_requests,
-        upscale_delay_s=settings.upscale_delay_s,
-        downscale_delay_s=settings.downscale_delay_s,
-        metrics_interval_s=METRICS_INTERVAL_S,
-        look_back_period_s=LOOK_BACK_S,
-    )
+    given = {name: value for name, value in vars(settings).items() if value is not None}
+    return AutoscalingConfig(**given, metrics_interval_s=METRICS_INTERVAL_S, look_back_period_s=LOOK_BACK_S)

@@ -3,15 +3,16 @@
 import os
 import threading
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from queue import Empty
 from typing import Any
 
 import ray
 import ray.train
 import torch
-from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
+from ray.train.v2.api.exceptions import ControllerError
 from ray.util.queue import Queue
 
 from ray_ds import storage
@@ -27,6 +28,8 @@ MALLOC_ENV = {
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
 }
 """Makes glibc keep the memory of freed activations instead of giving it back and faulting it in again every layer."""
+LASTING = (UserError, FloatingPointError)
+"""What another try would meet again: a mistake of the user, or a loss that is no number."""
 Report = Callable[[Mapping[str, float]], None]
 
 
@@ -34,28 +37,30 @@ def train_on_ray(task: TrainTask, *, work: str, on_report: Report) -> TrainResul
     """Run a training task on workers of the cluster and return what they say at the end.
 
     Workers that die are replaced as one group, at most `max_failures` times; each group goes on from the newest
-    checkpoint. So does the next job, if this one dies.
+    checkpoint. So does the next job, if this one dies. An error that another try would meet again ends the run.
 
     Args:
         work: folder for what Ray Train writes about the run.
         on_report: called here with a step's figures, every `log_every` steps.
     Raises:
         UserError: a worker found a mistake of the user.
+        FloatingPointError: the loss is no number.
         TrainingFailedError: workers died too often.
     """
     reports = Queue(actor_options={"num_cpus": 0})
     trainer = _make_trainer(task, work, reports)
-    outcome: list[ray.train.Result | BaseException] = []
-    runner = threading.Thread(target=_fit, args=(trainer, outcome), daemon=True)
-    runner.start()
-    while runner.is_alive():
+    outcome: Future[ray.train.Result] = Future()
+    threading.Thread(target=_fit, args=(trainer, outcome), daemon=True).start()
+    while not outcome.done():
         _pass_on(reports, on_report, timeout_s=POLL_S)
     _pass_on(reports, on_report, timeout_s=0.0)
     reports.shutdown()
-    (result,) = outcome
-    if isinstance(result, BaseException):
-        raise _user_error(result) or result
-    return TrainResult(**result.return_value)
+    try:
+        return TrainResult(**outcome.result().return_value)
+    except ControllerError as error:
+        if isinstance(error.controller_failure, LASTING):
+            raise error.controller_failure from error
+        raise
 
 
 def _make_trainer(task: TrainTask, work: str, reports: Queue) -> TorchTrainer:
@@ -90,16 +95,32 @@ def _make_trainer(task: TrainTask, work: str, reports: Queue) -> TorchTrainer:
             storage_filesystem=system,
             failure_config=FailureConfig(max_failures=settings.max_failures),
             worker_runtime_env={"env_vars": env},
+            callbacks=[_EndAtOnce()],
         ),
     )
 
 
-def _fit(trainer: TorchTrainer, outcome: list[Any]) -> None:
-    """Run the trainer and keep its result or its error for the main thread."""
+class _EndAtOnce(UserCallback):  # type: ignore[misc, unused-ignore]
+    """Ends a run whose workers met a lasting error, on which Ray Train would use up `max_failures`.
+
+    What a callback raises becomes a `ControllerError`, which is not tried again (Ray 2.60, failure_handling/default.py
+    `_is_retryable_error`). It also ends the other workers, which may wait for the one that failed.
+    """
+
+    def after_exception(self, run_context: Any, worker_exceptions: Mapping[int, BaseException]) -> None:
+        """Raise the lasting error of a worker, if there is one."""
+        for failure in worker_exceptions.values():
+            cause = getattr(failure, "_base_exc", failure)  # Ray wraps what a worker raised
+            if isinstance(cause, LASTING):
+                raise cause
+
+
+def _fit(trainer: TorchTrainer, outcome: "Future[ray.train.Result]") -> None:
+    """Run the trainer and keep its result, or whatever it raised, for the main thread."""
     try:
-        outcome.append(trainer.fit())
-    except TrainingFailedError as error:
-        outcome.append(error)
+        outcome.set_result(trainer.fit())
+    except BaseException as error:
+        outcome.set_exception(error)
 
 
 def _pass_on(reports: Queue, on_report: Report, timeout_s: float) -> None:
@@ -110,18 +131,6 @@ def _pass_on(reports: Queue, on_report: Report, timeout_s: float) -> None:
             on_report(reports.get(block=False))
     except Empty:
         return
-
-
-def _user_error(error: BaseException) -> UserError | None:
-    """Return the user's mistake that some worker reported, if one did."""
-    failures = error.worker_failures.values() if isinstance(error, WorkerGroupError) else ()
-    for failure in failures:
-        cause: BaseException | None = failure
-        while cause is not None:
-            if isinstance(cause, UserError):
-                return cause
-            cause = getattr(cause, "_base_exc", None) or cause.__cause__
-    return None
 
 
 class _RayHost:

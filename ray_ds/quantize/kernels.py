@@ -1,7 +1,7 @@
 """Integer matrix products: four roads to the same bits, and the self-test that picks one when a process starts."""
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -16,7 +16,7 @@ Road = Literal["onednn", "onednn_two_pass", "cuda_int_mm", "reference"]
 """Which kernel multiplies; the results are equal, the speeds are not."""
 
 SELF_TEST_SHAPES = ((48, 64), (5, 17), (1024, 256), (256, 688), (33, 2500))
-"""(N, K) of the weights the self-test always tries: usual, tiny and odd ones, and sums beyond 2**24."""
+"""(N, K) of weights that the self-test tries if it is given no others: usual, tiny, odd ones, sums beyond 2**24."""
 SELF_TEST_TOKENS = (1, 5, 40)
 """Batch sizes the self-test tries; kernels differ for one row, a few and many."""
 _INT_MM_MIN_TOKENS = 17
@@ -101,11 +101,11 @@ class SelfTest:
     seconds: float
 
 
-def self_test(device: str | torch.device = "cpu", shapes: Iterable[tuple[int, int]] = SELF_TEST_SHAPES) -> SelfTest:
+def self_test(device: str | torch.device = "cpu", shapes: Sequence[tuple[int, int]] = SELF_TEST_SHAPES) -> SelfTest:
     """Return the fastest road of a device whose products are bit for bit those of the reference.
 
     Args:
-        shapes: (N, K) of the weights to try, such as all those of a model.
+        shapes: (N, K) of the weights to try; `load_quantized` names all those of its model.
     """
     start = time.perf_counter()
     device = torch.device(device)
@@ -126,7 +126,7 @@ def _candidates(device: torch.device) -> tuple[Road, ...]:
     return ("onednn", "onednn_two_pass") if is_available() else ()
 
 
-def _find_fault(road: Road, device: torch.device, shapes: Iterable[tuple[int, int]]) -> str | None:
+def _find_fault(road: Road, device: torch.device, shapes: Sequence[tuple[int, int]]) -> str | None:
     """Return where a road differs from the reference, or None."""
     generator = torch.Generator().manual_seed(0)
     for out_features, in_features in shapes:

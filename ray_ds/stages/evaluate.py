@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import ray
 import torch
@@ -51,9 +51,9 @@ def evaluate(settings: EvaluateSettings, run: StageRun) -> Artifact:
     check_same_tokenizer(model, shards)
     check_seq_len(model, settings, run.step)
     model.verify_files()
-    device = choose_device(settings)
+    device = choose_device(settings.device, settings.num_workers)
     check_cluster(
-        run.uri.rsplit("/", 2)[0],
+        run.run_dir,
         num_workers=settings.num_workers,
         cpus_per_worker=settings.cpus_per_worker,
         gpus_per_worker=float(device == "cuda"),
@@ -100,11 +100,11 @@ def check_seq_len(model: Artifact, settings: EvaluateSettings, step: str) -> Non
         raise ConfigError(f"{step}.seq_len", settings.seq_len, allowed, f"try {longest}")
 
 
-def choose_device(settings: EvaluateSettings) -> str:
-    """Return `cpu` or `cuda`."""
-    if settings.device == "auto":
-        return "cuda" if ray.cluster_resources().get("GPU", 0) >= settings.num_workers else "cpu"
-    return settings.device
+def choose_device(wanted: Literal["auto", "cpu", "cuda"], num_workers: int) -> str:
+    """Return `cpu` or `cuda`; auto = cuda where the cluster has a GPU for each worker."""
+    if wanted == "auto":
+        return "cuda" if ray.cluster_resources().get("GPU", 0) >= num_workers else "cpu"
+    return wanted
 
 
 def plan_validation(settings: EvaluateSettings, shards: TokenShards) -> tuple[list[Span], int]:

@@ -24,7 +24,7 @@ from ray_ds.model.checkpoint_folder import load_checkpoint_folder, read_config
 from ray_ds.on_ray.preflight import check_cluster
 from ray_ds.on_ray.user_errors import user_errors
 from ray_ds.quantize import load_quantized, quantize_folder
-from ray_ds.stages.evaluate import check_same_tokenizer
+from ray_ds.stages.evaluate import check_same_tokenizer, choose_device
 
 LARGEST_LOSS_GROWTH = 700.0
 """Nats a token; the exponential of more leaves the range of a float."""
@@ -58,10 +58,10 @@ def quantize(settings: QuantizeSettings, run: StageRun) -> Artifact:
     checkpoint, shards = run.input(Checkpoint), run.input(TokenShards)
     check_same_tokenizer(checkpoint, shards)
     checkpoint.verify_files()
-    device = choose_device(settings)
+    device = choose_device(settings.device, num_workers=1)
     num_gpus = float(device == "cuda")
     check_cluster(
-        run.uri.rsplit("/", 2)[0],
+        run.run_dir,
         num_workers=1,
         cpus_per_worker=settings.threads,
         gpus_per_worker=num_gpus,
@@ -83,13 +83,6 @@ def quantize(settings: QuantizeSettings, run: StageRun) -> Artifact:
             progress = progress or Progress(run.step, report.total)
             progress.update(report.done)
     return run.commit(report.facts, seconds=time.monotonic() - started)
-
-
-def choose_device(settings: QuantizeSettings) -> str:
-    """Return `cpu` or `cuda`."""
-    if settings.device == "auto":
-        return "cuda" if ray.cluster_resources().get("GPU", 0) >= 1 else "cpu"
-    return settings.device
 
 
 def quantize_and_measure(job: QuantizeJob) -> Iterator[Report]:

@@ -28,7 +28,7 @@ def serve(settings: ServeSettings, run: StageRun) -> Artifact:
     check_model(settings, model, run.step)
     api_key = find_api_key(settings, run.step)
     check_cluster(
-        run.uri,
+        run.run_dir,
         num_workers=settings.autoscaling.min_replicas,
         cpus_per_worker=settings.cpus_per_replica,
         gpus_per_worker=settings.gpus_per_replica,

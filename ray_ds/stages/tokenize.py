@@ -1,74 +1,79 @@
-"""The tokenize stage: Corpus + Tokenizer -> TokenShards, on Ray Data."""
+"""The tokenize stage: Corpus + Tokenizer -> TokenShards, on Ray Data.
 
-import functools
-import json
+Each file of the corpus is a work unit (`on_ray/units.py`) whose task writes a shard of each split. So shards follow the
+files of the corpus and not Ray Data's blocks, whose layout depends on cluster and version (Ray 2.60).
+"""
+
 import os
 import time
+from functools import partial
 from typing import Any
 
-import ray.data
+from pydantic import JsonValue
 
 from ray_ds import storage
-from ray_ds.artifacts import Artifact, Corpus, StageRun, Tokenizer
+from ray_ds.artifacts import WORK, Artifact, Corpus, StageRun, Tokenizer, make_digest
 from ray_ds.config.tokenize import TokenizeSettings
-from ray_ds.data.documents import file_names
+from ray_ds.data.documents import file_names, file_path
 from ray_ds.data.shards import SPLITS
-from ray_ds.data.tokenization import Counts, TokenizeJob, read_commits, sum_counts, tokenize_file
+from ray_ds.data.tokenization import Counts, TokenizeJob, sum_counts, tokenize_file
 from ray_ds.errors import ArtifactError, ConfigError
-from ray_ds.logs import Progress
 from ray_ds.on_ray.preflight import check_shared
-from ray_ds.on_ray.user_errors import user_errors
+from ray_ds.on_ray.units import Publish, WorkUnit, run_units
+
+TOKENIZE_FOLDER = f"{WORK}/tokenize"
 
 
 def tokenize(settings: TokenizeSettings, run: StageRun) -> Artifact:
-    """Turn each file of the corpus into a shard of each split; files that are done already are not done again."""
+    """Turn each file of the corpus into a shard of each split; files that are done already are not done again.
+
+    Raises:
+        ArtifactError: an input is damaged, or the tokenizer was trained on another corpus.
+        ConfigError: a split is empty, or groups are asked for where documents have none.
+    """
     started = time.monotonic()
     corpus, tokenizer = run.input(Corpus), run.input(Tokenizer)
     check_same_corpus(corpus, tokenizer)
-    check_shared(run.uri.rsplit("/", 2)[0])
+    check_shared(run.run_dir)
+    for artifact in (tokenizer, corpus):
+        artifact.verify_files()  # last, for it reads the whole corpus
     job = TokenizeJob(
         step=run.step,
         corpus_uri=corpus.uri,
         tokenizer_uri=tokenizer.path("tokenizer.json"),
-        output_uri=run.uri,
-        work_uri=run.work_path("units"),
         validation_fraction=settings.validation_fraction,
         hold_out=settings.hold_out,
         seed=settings.seed,
     )
-    names = file_names(corpus)
-    finished = read_commits(names, job)
-    progress = Progress(run.step, len(names))
-    progress.update(len(finished))
-    missing = [name for name in names if name not in finished]
-    with user_errors():
-        for row in _tokenize_files(missing, job, settings).iter_rows() if missing else ():
-            finished[row["file"]] = json.loads(row["counts"])
-            progress.update(len(finished), tokens=sum_counts(finished.values())["tokens"]["train"])
-    counts = sum_counts(finished.values())
+    commits = run_units(
+        plan_units(corpus, tokenizer),
+        partial(_tokenize_unit, job=job),
+        root=run.uri,
+        folder=TOKENIZE_FOLDER,
+        step=run.step,
+        max_running=settings.max_running_units,
+    )
+    counts = sum_counts(commit.facts for commit in commits)
     check_counts(counts, corpus, settings, run.step)
     storage.write_bytes(run.path("tokenizer.json"), storage.read_bytes(job.tokenizer_uri))
     facts = {"vocab_size": tokenizer.fact("vocab_size"), "tokenizer_digest": tokenizer.digest, **counts}
     return run.commit(facts, seconds=time.monotonic() - started)
 
 
-def _tokenize_files(names: list[str], job: TokenizeJob, settings: TokenizeSettings) -> Any:
-    """Return the lazy Ray Data dataset whose rows are the finished files: `file`, `counts`.
-
-    Text does not pass through Ray Data: a row names a file, and its task writes the shards. So shards follow the files
-    of the corpus and not Ray Data's blocks, whose layout depends on cluster and version (Ray 2.60).
-    """
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.raise_original_map_exception = True
-    units = ray.data.from_items([{"file": name} for name in names], override_num_blocks=max(len(names), 1))
-    return units.map(functools.partial(_tokenize_row, job=job), num_cpus=1, concurrency=settings.max_running_units)
+def plan_units(corpus: Corpus, tokenizer: Tokenizer) -> list[WorkUnit[str]]:
+    """Return a work unit for each file of the corpus."""
+    sha256 = {info.path: info.sha256 for info in corpus.manifest.files}
+    return [
+        WorkUnit(name=name, input_hash=make_digest([sha256[file_path(name)], tokenizer.content_sha256]), payload=name)
+        for name in file_names(corpus)
+    ]
 
 
-def _tokenize_row(row: dict[str, Any], job: TokenizeJob) -> dict[str, str]:
+def _tokenize_unit(name: str, publish: Publish, job: TokenizeJob) -> dict[str, JsonValue]:
     # One CPU is reserved; without this the Rust library would start a thread for every core of the node.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    return {"file": row["file"], "counts": json.dumps(tokenize_file(row["file"], job))}
+    facts: dict[str, Any] = {**tokenize_file(name, publish, job)}
+    return facts
 
 
 def check_same_corpus(corpus: Corpus, tokenizer: Tokenizer) -> None:

@@ -18,10 +18,17 @@ from ray_ds.tokenizer import ROUND_TRIP_PROBES, train_bpe
 
 
 def train_tokenizer(settings: TokenizerSettings, run: StageRun) -> Artifact:
-    """Learn a byte-level BPE from a sample of the corpus, check that text comes back from it, and write it."""
+    """Learn a byte-level BPE from a sample of the corpus, check that text comes back from it, and write it.
+
+    Raises:
+        ArtifactError: the corpus is damaged.
+        ConfigError: the sample is empty.
+        InputError: a text does not come back unchanged.
+    """
     started = time.monotonic()
     corpus = run.input(Corpus)
-    check_shared(run.uri.rsplit("/", 2)[0])
+    check_shared(run.run_dir)
+    corpus.verify_files()  # last, for it reads the whole corpus
     task = ray.remote(num_cpus=1)(learn)
     with user_errors():
         facts: dict[str, JsonValue] = ray.get(task.remote(settings, corpus, run.step, run.path("tokenizer.json")))

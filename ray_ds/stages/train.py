@@ -85,7 +85,7 @@ def cpu_has_fp16() -> bool:
 
 
 def check_task(task: TrainTask, run: StageRun) -> None:
-    """Refuse, before any worker starts, what workers would fail at."""
+    """Refuse, before any worker starts, what workers would fail at, and shards that are not as they were written."""
     settings = task.settings
     splits: list[Split] = ["train", "validation"] if settings.validate_every else ["train"]
     for split in splits:
@@ -94,9 +94,10 @@ def check_task(task: TrainTask, run: StageRun) -> None:
     if commit is not None:
         check_world_size(commit, settings.num_workers, task.checkpoints, field=f"{run.step}.num_workers")
     check_cluster(
-        run.uri,
+        run.run_dir,
         num_workers=settings.num_workers,
         cpus_per_worker=settings.cpus_per_worker,
         gpus_per_worker=1.0 if task.device == "cuda" else 0.0,
         field=f"{run.step}.num_workers",
     )
+    run.input(TokenShards).verify_files()  # last, for it reads every shard

@@ -55,6 +55,7 @@ def validation_batches(
 
     All ranks get as many micro-batches, filled up with rows without targets.
     """
+    assert settings.validation_tokens is not None, "settings fill it in where there is validation"
     num_rows = min(split.num_rows(settings.seq_len), -(-settings.validation_tokens // settings.seq_len))
     indices = np.linspace(0, split.num_rows(settings.seq_len) - 1, num_rows).astype(np.int64)
     unit = settings.micro_batch * world_size

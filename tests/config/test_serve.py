@@ -22,8 +22,8 @@ def test_defaults_are_safe_and_every_field_is_explained() -> None:
     [
         ({"autoscaling": {"min_replicas": 3}}, r"autoscaling.max_replicas \(2\) must be at least min_replicas \(3\)"),
         (
-            {"autoscaling": {"max_replicas": 1, "upscale_delay_s": 3.0}},
-            r"upscale_delay_s \(3.0\) has no effect while min_replicas = max_replicas = 1",
+            {"autoscaling": {"max_replicas": 1, "upscale_delay_s": 5.0}},
+            r"upscale_delay_s \(5.0\) has no effect while min_replicas = max_replicas = 1; remove it",
         ),
         (
             {"host": "0.0.0.0"},

@@ -2,7 +2,7 @@ from typing import Any
 
 import pytest
 
-from ray_ds.config.settings import decode_settings, digest_settings
+from ray_ds.config.settings import as_json, decode_settings, digest_settings
 from ray_ds.config.train import Muon, TrainSettings
 from ray_ds.errors import ConfigError
 
@@ -50,6 +50,14 @@ def decode(**changes: Any) -> TrainSettings:
             "precision bf16.",
         ),
         (
+            {"model": {"preset": "demo_dense"}, "router_bias_speed": 0.001},
+            "router_bias_speed (0.001) has no effect in a dense model; remove it.",
+        ),
+        (
+            {"validation_tokens": 65536},
+            "validation_tokens (65536) has no effect while validate_every is 0; remove it.",
+        ),
+        (
             {"micro_batch": 0},
             "micro_batch (0) must be greater than 0; correct it in the recipe or on the command line.",
         ),
@@ -86,6 +94,16 @@ def test_token_budget_is_rounded_up_to_steps() -> None:
 def test_muon_may_be_clipped_where_deepspeed_clips_the_gradient() -> None:
     settings = decode(optimizer={"kind": "muon", "lr": 0.01}, zero_stage=0, gradient_clipping=0.5)
     assert settings.optimizer == Muon(kind="muon", lr=0.01)
+
+
+def test_settings_that_depend_on_others_have_values_where_they_have_an_effect() -> None:
+    experts, dense = decode(validate_every=5), decode(model={"preset": "demo_dense"})
+    assert (experts.router_bias_speed, experts.validation_tokens) == (0.001, 65536)
+    assert (dense.router_bias_speed, dense.validation_tokens) == (None, None)
+    assert decode(router_bias_speed=0.0).router_bias_speed == 0.0
+    assert digest_settings(decode(router_bias_speed=0.001)) == digest_settings(decode())
+    for settings in (experts, dense):
+        assert decode_settings(TrainSettings, as_json(settings), where="task") == settings
 
 
 def test_only_what_changes_the_model_is_in_the_digest() -> None:

@@ -9,7 +9,7 @@ from pyarrow import BufferReader, parquet
 from ray_ds.config.clean import CleanSettings
 from ray_ds.data import clean_text
 from ray_ds.data.clean_text import Cleaned, clean_records, clean_unit
-from ray_ds.data.counts import Counts, LostRecordsError, counts_from_json, merge_counts
+from ray_ds.data.counts import SAMPLE_CHARS, Counts, LostRecordsError, counts_from_json, merge_counts
 from ray_ds.data.readers import Record
 from ray_ds.data.units import fingerprint_inputs, plan_units
 from tests.data.raw_files import good_text, jsonl, settings_for
@@ -54,6 +54,18 @@ def test_totals_do_not_depend_on_the_size_of_units(tmp_path: Path) -> None:
 def test_the_same_input_gives_the_same_bytes(tmp_path: Path) -> None:
     settings = _settings(tmp_path)
     assert _clean(settings)[1] == _clean(settings)[1]
+
+
+@pytest.mark.parametrize("is_masked", [True, False])
+def test_samples_of_dropped_documents_are_masked_like_kept_ones(tmp_path: Path, is_masked: bool) -> None:
+    address = "martha.harbour@example.com"
+    # One address whole, and one that the end of the sample cuts in its middle.
+    text = f"Write {address} {'x' * (SAMPLE_CHARS - 6 - len(address) - 2 - 10)} {address}"
+    (tmp_path / "b.jsonl").write_bytes(jsonl({"text": text}))
+    counts, _ = _clean(settings_for(str(tmp_path / "b.jsonl"), mask_pii=is_masked))
+    ((sample,),) = counts.samples.values()
+    assert len(sample.text) == SAMPLE_CHARS or is_masked
+    assert ("martha" in sample.text) != is_masked and ("<EMAIL>" in sample.text) == is_masked
 
 
 @pytest.mark.parametrize("change", ["lose", "double"])

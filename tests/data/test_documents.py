@@ -32,7 +32,10 @@ def test_hash_stays_what_it_was() -> None:
         ("0123456789ab.1-0:a:b", "a"),
         ("0123456789ab-0:a/b:c", "a/b"),
         ("0123456789ab-0:alone", "alone"),
+        ("0123456789ab-0:a\n/b", "a\n"),
         ("0123456789ab-0", None),
+        ("0123456789ab.1-0", None),
+        ("0123456789ab:4096", None),
     ],
 )
 def test_group_is_what_comes_before_the_last_separator(doc_id: str, group: str | None) -> None:

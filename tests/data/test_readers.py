@@ -9,6 +9,7 @@ import zstandard
 from pyarrow import parquet
 
 from ray_ds.data import readers
+from ray_ds.data.documents import group_of
 from ray_ds.data.readers import check_columns
 from ray_ds.data.units import find_input_files
 from ray_ds.errors import InputError
@@ -123,9 +124,20 @@ def test_a_txt_file_is_one_document(tmp_path: Path) -> None:
 
 def test_doc_ids_name_file_and_record(tmp_path: Path) -> None:
     (named,) = read_bytes(tmp_path, "a.jsonl", jsonl({"text": "x", "id": "kjv/Ruth/1"}), id_column="id")
-    assert named.doc_id.endswith(":kjv/Ruth/1")
+    assert named.doc_id.endswith(":kjv/Ruth/1") and group_of(named.doc_id) == "kjv/Ruth"
     (placed,) = read_bytes(tmp_path, "b.jsonl", jsonl({"text": "x"}))
-    assert placed.doc_id.endswith(":0")
+    assert placed.doc_id.endswith("-0") and group_of(placed.doc_id) is None
+    (numbered,) = read_bytes(tmp_path, "c.jsonl", jsonl({"text": "x", "id": 12}), id_column="id")
+    assert numbered.doc_id.endswith("-0:12") and group_of(numbered.doc_id) == "12"
+
+
+@pytest.mark.parametrize("id_column", [None, "id"])
+def test_doc_ids_are_unique_even_where_own_ids_and_files_are_not(tmp_path: Path, id_column: str | None) -> None:
+    for name in "ab":
+        (tmp_path / f"{name}.jsonl").write_bytes(jsonl({"text": "x", "id": "same"}, {"text": "y", "id": "same"}))
+    records = read_all(settings_for(str(tmp_path / "*.jsonl"), id_column=id_column))
+    assert len({record.doc_id for record in records}) == len(records) == 4
+    assert {group_of(record.doc_id) for record in records} == {"same" if id_column else None}
 
 
 def test_a_column_that_all_records_lack_is_refused(tmp_path: Path) -> None:

@@ -5,12 +5,14 @@ from pathlib import Path
 
 import pytest
 
+from ray_ds import storage
 from ray_ds.artifacts import Corpus
 from ray_ds.data.documents import file_names, group_of
 from ray_ds.data.shards import SPLITS, TokenSplit
-from ray_ds.data.tokenization import TokenizeJob, read_commits, split_of, sum_counts, tokenize_file
+from ray_ds.data.tokenization import Counts, TokenizeJob, split_of, sum_counts, tokenize_file
 from ray_ds.errors import ConfigError
 from ray_ds.tokenizer import BpeTokenizer, train_bpe
+from tests.data.raw_files import jsonl, read_bytes
 from tests.stages.small_artifacts import book_texts, make_corpus
 
 TEXTS = book_texts(12, 6)
@@ -33,25 +35,33 @@ def job(tmp_path: Path, corpus: Corpus, tokenizer: BpeTokenizer) -> TokenizeJob:
         step="tokenize",
         corpus_uri=corpus.uri,
         tokenizer_uri=str(tmp_path / "tokenizer.json"),
-        output_uri=str(tmp_path / "out"),
-        work_uri=str(tmp_path / "work"),
         validation_fraction=0.3,
         hold_out="group",
         seed=0,
     )
 
 
-def files(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+@dataclasses.dataclass
+class Published:
+    """What was published, and what the files were said to hold."""
+
+    files: dict[str, bytes] = dataclasses.field(default_factory=dict)
+    counts: dict[str, Counts] = dataclasses.field(default_factory=dict)
+
+    def publish(self, path: str, data: bytes) -> None:
+        self.files[path] = data
 
 
 def test_every_document_is_bos_and_its_tokens_in_one_split(
-    job: TokenizeJob, corpus: Corpus, tokenizer: BpeTokenizer
+    job: TokenizeJob, corpus: Corpus, tokenizer: BpeTokenizer, tmp_path: Path
 ) -> None:
-    counts = sum_counts(tokenize_file(name, job) for name in file_names(corpus))
+    def publish(path: str, data: bytes) -> None:
+        storage.write_bytes(f"{tmp_path}/out/{path}", data)
+
+    counts = sum_counts(tokenize_file(name, publish, job) for name in file_names(corpus))
     found: dict[str, str] = {}
     for name in SPLITS:
-        split = TokenSplit.open(job.output_uri, name)
+        split = TokenSplit.open(f"{tmp_path}/out", name)
         for doc_id, tokens in zip(split.doc_ids(), split.documents(), strict=True):
             assert tokens[0] == tokenizer.bos_id and tokens[1:].min() > 2
             assert split_of(doc_id, job) == name
@@ -72,11 +82,14 @@ def test_groups_are_held_out_whole(job: TokenizeJob) -> None:
     assert len({split_of(f"0123456789ab-{i}:book0/{i}", by_document) for i in range(6)}) == 2
 
 
-def test_groups_need_ids(job: TokenizeJob) -> None:
+def test_groups_need_ids(job: TokenizeJob, tmp_path: Path) -> None:
+    (record,) = read_bytes(tmp_path, "raw.jsonl", jsonl({"text": "x", "id": "book0/0"}))  # and no id_column
+    nameless = dataclasses.replace(job, corpus_uri=make_corpus(tmp_path, {record.doc_id: "x"}, name="nameless").uri)
     with pytest.raises(ConfigError) as caught:
-        split_of("0123456789ab-7", job)
+        for name in ("00000", "00001", "00002"):
+            tokenize_file(name, Published().publish, nameless)
     assert str(caught.value) == (
-        "tokenize.hold_out (group) must be document where documents have no id of their own, such as 0123456789ab-7; "
+        f"tokenize.hold_out (group) must be document where documents have no id of their own, such as {record.doc_id}; "
         "name their id_column in the clean step."
     )
 
@@ -87,19 +100,11 @@ def test_share_held_out_is_what_was_asked(job: TokenizeJob) -> None:
     assert abs(held_out - 1000) < 100
 
 
-def test_order_and_repetition_do_not_change_a_byte(job: TokenizeJob, corpus: Corpus, tmp_path: Path) -> None:
+def test_order_and_repetition_do_not_change_a_byte(job: TokenizeJob, corpus: Corpus) -> None:
     names = file_names(corpus)
+    once, often = Published(), Published()
     for name in names:
-        tokenize_file(name, job)
-    other = dataclasses.replace(job, output_uri=str(tmp_path / "out2"), work_uri=str(tmp_path / "work2"))
+        once.counts[name] = tokenize_file(name, once.publish, job)
     for name in [*reversed(names), names[1]]:
-        tokenize_file(name, other)
-    assert files(tmp_path / "out") == files(tmp_path / "out2")
-    assert files(tmp_path / "work") == files(tmp_path / "work2")
-
-
-def test_commits_are_found(job: TokenizeJob, corpus: Corpus) -> None:
-    names = file_names(corpus)
-    assert read_commits(names, job) == {}
-    counts = tokenize_file(names[1], job)
-    assert read_commits(names, job) == {names[1]: counts}
+        often.counts[name] = tokenize_file(name, often.publish, job)
+    assert once == often and len(once.files) == 2 * len(names)

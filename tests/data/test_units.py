@@ -1,5 +1,6 @@
 """Which files are read, and how they are cut into units."""
 
+import dataclasses
 import hashlib
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
+from ray_ds.config.clean import CleanSettings, InputFiles
 from ray_ds.data.readers import read_unit
 from ray_ds.data.units import fingerprint_inputs, plan_units
 from ray_ds.errors import ConfigError, InputError
@@ -40,6 +42,35 @@ def test_copies_of_a_file_have_ids_of_their_own(tmp_path: Path) -> None:
         (tmp_path / f"{name}.jsonl").write_bytes(jsonl({"text": "same"}))
     first, second = read_all(settings_for(str(tmp_path / "*.jsonl")))
     assert first.doc_id != second.doc_id
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"source": "b"}, {"licence": "b"}, {"licence": None, "licence_column": "text"}, {"id_column": "text"}],
+    ids=str,
+)
+def test_a_unit_is_another_if_its_file_is_read_in_another_way(tmp_path: Path, changes: dict[str, str | None]) -> None:
+    (tmp_path / "a.jsonl").write_bytes(jsonl({"text": "x"}))
+    table = InputFiles(glob=str(tmp_path / "*.jsonl"), source="a", licence="a")
+    first, second, moved = (
+        _input_hash(files)
+        for files in (table, dataclasses.replace(table, **changes), dataclasses.replace(table, glob=f"{tmp_path}/a.*"))
+    )
+    assert first != second and first == moved
+
+
+def test_a_unit_is_another_if_the_name_of_its_file_says_another_format(tmp_path: Path) -> None:
+    hashes = set()
+    for name in ("a.jsonl", "a.txt", "a.txt.gz"):
+        (tmp_path / name).write_bytes(b'{"text": "x"}')
+        hashes.add(_input_hash(InputFiles(glob=str(tmp_path / name), source="a", licence="a")))
+    assert len(hashes) == 3
+
+
+def _input_hash(files: InputFiles) -> str:
+    settings = CleanSettings(inputs=(files,))
+    (unit,) = plan_units(settings, fingerprint_inputs(settings))
+    return unit.input_hash
 
 
 def test_fingerprints_are_sha256(tmp_path: Path) -> None:

@@ -34,7 +34,6 @@ from typing import IO, Any, Literal
 import pytest
 
 from ray_ds.data.sample_text import king_james_chapters
-from ray_ds.logs import parse_progress
 from tests.end_to_end.conftest import BIN, PROJECT, Site
 from tests.train.runs import curve
 
@@ -73,8 +72,6 @@ class Subject:
     kills_a_round: int
     count_done: Callable[[Path], int]
     """From the artefact's folder, finished or not, to units or steps done."""
-    count_repeats: Callable[[Path, str], int]
-    """From the finished artefact's folder and the jobs' logs to units or steps that were done again."""
     max_repeats: int
     """What a kill may cost, in units or steps."""
     read_result: Callable[[Path], dict[str, Any]]
@@ -159,12 +156,12 @@ def soak(site: Site, subject: Subject) -> str:
         row = Round(number=number)
         rounds.append(row)
         try:
-            log = run_round(site, subject, row, total)
+            run_round(site, subject, row, total)
         finally:
             keep(subject, rounds, started)
         (artefact,) = (site.folder / f"runs/soak_{subject.step}/{subject.step}").iterdir()
         result = subject.read_result(artefact)
-        row.repeats = subject.count_repeats(artefact, log)
+        row.repeats += count_attempts(artefact) - count_commits(artefact)
         if number == 0:
             total, quiet = subject.count_done(artefact), result
         differing = sorted(name for name in {*quiet, *result} if quiet.get(name) != result.get(name))
@@ -174,8 +171,12 @@ def soak(site: Site, subject: Subject) -> str:
     return keep(subject, rounds, started)
 
 
-def run_round(site: Site, subject: Subject, row: Round, total: int) -> str:
-    """Submit the step until it is finished, killing by a drawn schedule; return the logs. Round 0 is quiet."""
+def run_round(site: Site, subject: Subject, row: Round, total: int) -> None:
+    """Submit the step until it is finished, killing by a drawn schedule; round 0 is quiet.
+
+    What is done is counted all the time. Where the count falls, because training went back to a checkpoint, that much
+    is done again; cleaning keeps a note of each attempt instead.
+    """
     started = time.monotonic()
     rng = random.Random(f"{SEED} {subject.step} {row.number}")
     num_kills = subject.kills_a_round if row.number else 0
@@ -183,12 +184,18 @@ def run_round(site: Site, subject: Subject, row: Round, total: int) -> str:
     kinds = rng.choices(list(subject.victims), k=num_kills)
     path = site.folder / f"soak-{subject.step}-{row.number}.log"
     artefacts = site.folder / f"runs/soak_{subject.step}/{subject.step}"
+    last = 0
     while True:
         row.submissions += 1
         num_before = len(row.kills)
         with path.open("a") as log, submit(site, subject, log) as job:
             while job.poll() is None:
                 done = max(map(subject.count_done, artefacts.glob("*")), default=0)
+                if done < last:
+                    time.sleep(POLL_S)  # until the file of metrics is written anew
+                    done = max(map(subject.count_done, artefacts.glob("*")), default=0)
+                row.repeats += max(0, last - done)
+                last = done
                 if len(row.kills) < num_kills and done >= due[len(row.kills)]:
                     time.sleep(rng.uniform(0, MAX_DELAY_S))
                     kind = kinds[len(row.kills)]
@@ -198,7 +205,7 @@ def run_round(site: Site, subject: Subject, row: Round, total: int) -> str:
                 time.sleep(POLL_S)
         row.seconds = round(time.monotonic() - started, 1)
         if job.returncode == 0:
-            return path.read_text()
+            return
         is_killed = any(kill["kind"] == "driver" for kill in row.kills[num_before:])
         assert is_killed, f"the job failed, and its driver was not killed:\n{path.read_text()[-4000:]}"
 
@@ -252,25 +259,17 @@ def count_commits(artefact: Path) -> int:
     return len(list(artefact.glob("work/*/commits/*.json")))
 
 
-def count_repeated_units(artefact: Path, log: str) -> int:
-    """Return how many more attempts at units there were than units; each attempt leaves a file."""
-    return len(list(artefact.glob("work/*/attempts/*.json"))) - count_commits(artefact)
+def count_attempts(artefact: Path) -> int:
+    """Return how often a unit was begun; none are in a folder of training."""
+    return len(list(artefact.glob("work/*/attempts/*.json")))
 
 
 def count_steps(artefact: Path) -> int:
-    """Return the steps in the metrics: those of the artefact, or, while it trains, those that were not undone."""
-    files = [*artefact.glob("work/metrics.jsonl"), *artefact.glob("metrics.jsonl")]
-    try:
-        return max((file.read_text().count("\n") for file in files), default=0)
-    except FileNotFoundError:  # the work folder has just been deleted
-        return 0
-
-
-def count_repeated_steps(artefact: Path, log: str) -> int:
-    """Return how many steps were reported again; the log has a line for each."""
-    progress = [parse_progress(line) for line in log.splitlines()]
-    reported = Counter(found[1] for found in progress if found is not None and found[1] > 0)
-    return sum(count - 1 for count in reported.values())
+    """Return the steps in the metrics: while it trains those that count so far, and then all."""
+    for name in ("work/metrics.jsonl", "metrics.jsonl"):  # the first is deleted once the second is there
+        with suppress(FileNotFoundError):
+            return (artefact / name).read_text().count("\n")
+    return 0
 
 
 def read_training(artefact: Path) -> dict[str, Any]:
@@ -288,7 +287,6 @@ CLEAN = Subject(
     num_rounds=6,
     kills_a_round=3,
     count_done=count_commits,
-    count_repeats=count_repeated_units,
     max_repeats=NUM_CPUS,
     read_result=manifest_files,
 )
@@ -300,7 +298,6 @@ TRAIN = Subject(
     num_rounds=4,
     kills_a_round=2,
     count_done=count_steps,
-    count_repeats=count_repeated_steps,
     max_repeats=CHECKPOINT_EVERY,
     read_result=read_training,
 )

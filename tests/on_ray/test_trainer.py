@@ -2,6 +2,7 @@ import os
 import signal
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 os.environ["RAY_AUTH_MODE"] = "disabled"  # read when ray is imported
 
@@ -9,8 +10,10 @@ import pytest
 import ray
 import ray._private.state
 
-from ray_ds.errors import ConfigError
+from ray_ds.errors import ArtifactError, ConfigError
+from ray_ds.on_ray import trainer
 from ray_ds.on_ray.trainer import train_on_ray
+from ray_ds.train.task import TrainTask
 from tests.train.runs import curve, make_settings, make_task, read_records, train_in_processes
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -24,11 +27,15 @@ def cluster() -> Iterator[None]:
     ray.shutdown()
 
 
+def train_workers() -> list[dict[str, Any]]:
+    """Return Ray's records of the training processes of this test's cluster, living and dead."""
+    return [actor for actor in ray._private.state.actors().values() if "TrainWorker" in actor["ActorClassName"]]
+
+
 def kill_a_worker() -> None:
     """Kill one training process of this test's cluster."""
-    actors = ray._private.state.actors().values()
-    workers = [a["Pid"] for a in actors if "TrainWorker" in a["ActorClassName"] and a["State"] == "ALIVE"]
-    os.kill(workers[-1], signal.SIGKILL)
+    alive = [worker["Pid"] for worker in train_workers() if worker["State"] == "ALIVE"]
+    os.kill(alive[-1], signal.SIGKILL)
 
 
 @pytest.mark.shows("Training survives the loss of a worker: it goes on from the last checkpoint with the same losses")
@@ -50,10 +57,38 @@ def test_killed_worker_is_replaced_and_the_losses_are_those_of_an_uninterrupted_
     assert curve(read_records(task)) == curve(read_records(whole))
 
 
-def test_mistake_found_by_a_worker_reaches_the_user_as_it_is(tmp_path: Path) -> None:
-    settings = make_settings(steps=4, max_failures=0)
-    task = make_task(tmp_path, settings, "two")
+def fails_once(task: TrainTask, kind: type[Exception], message: str) -> None:
+    """Assert that a run ends with an error, and that its workers were never replaced."""
+    before = len(train_workers())
+    with pytest.raises(kind, match=message):
+        train_on_ray(task, work=f"{task.output}/ray_train", on_report=lambda _: None)
+    assert len(train_workers()) - before == task.settings.num_workers
+
+
+def test_mistake_found_by_a_worker_ends_the_run_at_once_and_reaches_the_user_as_it_is(tmp_path: Path) -> None:
+    train_in_processes(make_task(tmp_path, make_settings(steps=4), "two"))
+    alone = make_task(tmp_path, make_settings(steps=4, num_workers=1), "two")
+    fails_once(alone, ConfigError, r"num_workers \(1\) must be 2, as many workers as wrote checkpoint")
+
+
+def test_mistake_that_one_worker_finds_ends_the_others_that_wait_for_it(tmp_path: Path) -> None:
+    task = make_task(tmp_path, make_settings(steps=4))
     train_in_processes(task)
-    alone = make_task(tmp_path, make_settings(steps=4, max_failures=0, num_workers=1), "two")
-    with pytest.raises(ConfigError, match=r"num_workers \(1\) must be 2, as many workers as wrote checkpoint"):
-        train_on_ray(alone, work=str(tmp_path / "ray_train"), on_report=lambda _: None)
+    for committed in Path(task.checkpoints).glob("*/COMMITTED.json"):
+        committed.write_text("{}")
+    fails_once(task, ArtifactError, "no older checkpoint is whole; restore it, or delete")
+
+
+def test_loss_that_is_no_number_ends_the_run_at_once(tmp_path: Path) -> None:
+    task = make_task(tmp_path, make_settings(optimizer={"kind": "adamw", "eps": 1e-300}))
+    fails_once(task, FloatingPointError, r"the loss of step \d+ is (nan|inf): lower the learning rate")
+
+
+def test_whatever_ray_train_raises_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken:
+        def fit(self) -> None:
+            raise RuntimeError("no room on the disk")
+
+    monkeypatch.setattr(trainer, "_make_trainer", lambda *_: Broken())
+    with pytest.raises(RuntimeError, match="no room on the disk"):
+        train_on_ray(make_task(tmp_path, SETTINGS), work=str(tmp_path / "w"), on_report=lambda _: None)

@@ -129,6 +129,7 @@ def test_a_kernel_that_is_wrong_by_one_is_not_taken(monkeypatch: pytest.MonkeyPa
     found = self_test(shapes=[(6, 16)])
     assert found.road == "reference"
     assert set(found.rejected) == {"onednn", "onednn_two_pass"}
+    assert all("weight 6 x 16" in reason for reason in found.rejected.values())
 
 
 def test_a_build_without_the_operators_takes_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:

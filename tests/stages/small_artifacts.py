@@ -3,6 +3,7 @@
 import random
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pyarrow as pa
@@ -10,6 +11,7 @@ import pyarrow.parquet as pq
 
 from ray_ds import storage
 from ray_ds.artifacts import Artifact, Corpus, StageRun, make_digest
+from tests.data.raw_files import jsonl, read_bytes
 
 OPENING = "in the beginning God created heaven and earth without form, void; darkness upon the face of the deep\n"
 WORDS = [*OPENING.split(" "), "起初", "神创造", "天地", "1611", "it's", "light."]
@@ -23,6 +25,7 @@ def stage_run(folder: Path, kind: str, *inputs: Artifact, name: str = "a") -> St
         stage=kind.lower(),
         stage_version=1,
         kind=kind,
+        run_dir=str(folder),
         uri=f"{folder}/{kind.lower()}/{digest}",
         digest=digest,
         settings={},
@@ -31,13 +34,16 @@ def stage_run(folder: Path, kind: str, *inputs: Artifact, name: str = "a") -> St
 
 
 def book_texts(num_books: int, num_chapters: int, num_words: int = 60) -> dict[str, str]:
-    """Return doc_id -> text of chapters, `0123456789ab-15:book3/7`; the same ones every time."""
+    """Return doc_id -> text of chapters, read from a file that calls them `book3/7`; the same ones every time."""
     rng = random.Random(0)
-    return {
-        f"0123456789ab-{book * num_chapters + chapter}:book{book}/{chapter}": " ".join(rng.choices(WORDS, k=num_words))
+    chapters = [
+        {"id": f"book{book}/{chapter}", "text": " ".join(rng.choices(WORDS, k=num_words))}
         for book in range(num_books)
         for chapter in range(num_chapters)
-    }
+    ]
+    with TemporaryDirectory() as folder:
+        records = read_bytes(Path(folder), "books.jsonl", jsonl(*chapters), id_column="id")
+    return {record.doc_id: record.text or "" for record in records}
 
 
 def make_corpus(folder: Path, texts: Mapping[str, str], *, num_files: int = 3, name: str = "a") -> Corpus:
@@ -57,3 +63,12 @@ def make_corpus(folder: Path, texts: Mapping[str, str], *, num_files: int = 3, n
     corpus = run.commit(facts, seconds=0.0)
     assert isinstance(corpus, Corpus)
     return corpus
+
+
+def flip_byte(artifact: Artifact) -> Path:
+    """Change a byte in the middle of an artefact's first file, and return that file."""
+    path = Path(artifact.path(artifact.manifest.files[0].path))
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    return path

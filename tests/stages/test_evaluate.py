@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ray_ds import storage
 from ray_ds.artifacts import Artifact, EvalReport, TokenShards
 from ray_ds.config.evaluate import EvaluateSettings
 from ray_ds.config.model import ModelSettings
@@ -41,13 +42,15 @@ def make_shards(folder: Path) -> TokenShards:
         step="tokenize",
         corpus_uri=corpus.uri,
         tokenizer_uri=run.path("tokenizer.json"),
-        output_uri=run.uri,
-        work_uri=run.work_path("units"),
         validation_fraction=0.3,
         hold_out="group",
         seed=0,
     )
-    counts = sum_counts(tokenize_file(name, job) for name in file_names(corpus))
+
+    def publish(path: str, data: bytes) -> None:
+        storage.write_bytes(run.path(path), data)
+
+    counts = sum_counts(tokenize_file(name, publish, job) for name in file_names(corpus))
     shards = run.commit({"vocab_size": facts["vocab_size"], "tokenizer_digest": "t0", **counts}, seconds=0.0)
     assert isinstance(shards, TokenShards)
     return shards

@@ -51,6 +51,7 @@ def stage_run(folder: Path, kind: str, name: str, *inputs: Artifact) -> StageRun
         stage="serve",
         stage_version=1,
         kind=kind,
+        run_dir=str(folder),
         uri=f"{folder}/{kind.lower()}/{digest}",
         digest=digest,
         settings={},
@@ -171,7 +172,7 @@ def test_a_port_in_use_is_said_before_serve_starts(
     with socket.socket() as other_program:
         other_program.bind(("127.0.0.1", settings.port))
         other_program.listen()
-        message = rf"serve.port \(127.0.0.1:{settings.port}\) must be free \(.*in use.*\); choose another port"
+        message = rf"serve.port \(127.0.0.1:{settings.port}\) must be free on the head node \(.*in use.*\)"
         with pytest.raises(ClusterError, match=message):
             serve(settings, stage_run(folder, "Endpoint", "never", quantized))
     assert ray.serve.status().applications == {}

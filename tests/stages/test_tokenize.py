@@ -1,6 +1,7 @@
 """The tokenize stage: the same bytes for any number of workers, nothing done twice, clear refusals."""
 
 import os
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,12 @@ from ray_ds.config.tokenize import TokenizeSettings
 from ray_ds.config.tokenizer import TokenizerSettings
 from ray_ds.data.shards import SPLITS, TokenSplit
 from ray_ds.errors import ArtifactError, ConfigError
-from ray_ds.stages.tokenize import check_counts, tokenize
+from ray_ds.stages.tokenize import TOKENIZE_FOLDER, check_counts, tokenize
 from ray_ds.stages.tokenizer import learn
 from ray_ds.tokenizer import load_tokenizer
-from tests.stages.small_artifacts import book_texts, make_corpus, stage_run
+from tests.data.raw_files import jsonl, read_bytes
+from tests.on_ray.two_nodes import read_attempts
+from tests.stages.small_artifacts import book_texts, flip_byte, make_corpus, stage_run
 
 TEXTS = book_texts(12, 6)
 SETTINGS = TokenizeSettings(validation_fraction=0.3, hold_out="group")
@@ -54,21 +57,41 @@ def test_same_bytes_for_any_number_of_workers_and_no_work_twice(tmp_path: Path, 
     shard = Path(run.path("train/00001.arrow"))
     os.utime(shard, ns=(1, 1))
     Path(run.path("manifest.json")).unlink()
-    Path(run.work_path("units/00003.json")).unlink()  # as if killed before this file was finished
-    Path(run.path("train/00003.arrow")).write_bytes(b"")
+    commits = {path.name.partition("-")[0]: path for path in Path(run.path(TOKENIZE_FOLDER, "commits")).iterdir()}
+    commits["00003"].unlink()  # as if killed before this file was finished
+    commits["00004"].write_bytes(b'{"unit": "000')
+    Path(run.path("train/00000.arrow")).unlink()
+    Path(run.path("validation/00002.arrow")).write_bytes(b"cut")
     assert files(tokenize(SETTINGS, run)) == files(both)
     assert shard.stat().st_mtime_ns == 1
+    attempts = Counter(attempt["unit"] for attempt in read_attempts(Path(run.path(TOKENIZE_FOLDER))))
+    assert attempts == {"00000": 2, "00001": 1, "00002": 2, "00003": 2, "00004": 2}
 
 
 @pytest.mark.ray
 def test_error_in_a_task_comes_home_as_it_was(tmp_path: Path, local_ray: None) -> None:
+    records = read_bytes(tmp_path, "raw.jsonl", jsonl(*({"id": f"book0/{i}", "text": "x"} for i in range(3))))
+    corpus = make_corpus(tmp_path, {record.doc_id: record.text or "" for record in records})
+    with pytest.raises(ConfigError) as caught:
+        tokenize(SETTINGS, stage_run(tmp_path, "TokenShards", corpus, make_tokenizer(tmp_path, corpus)))
+    assert str(caught.value) == (
+        "tokenshards.hold_out (group) must be document where documents have no id of their own, such as "
+        f"{caught.value.allowed.split()[-1]}; name their id_column in the clean step."
+    )
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("kind", [Corpus, Tokenizer])
+def test_a_flipped_byte_in_an_input_is_noticed_before_work(
+    tmp_path: Path, local_ray: None, kind: type[Artifact]
+) -> None:
     corpus = make_corpus(tmp_path, TEXTS)
     run = stage_run(tmp_path, "TokenShards", corpus, make_tokenizer(tmp_path, corpus))
-    damaged = Path(corpus.path("documents-00001.parquet"))
-    damaged.write_bytes(b"x" * damaged.stat().st_size)
+    damaged = flip_byte(run.input(kind))
     with pytest.raises(ArtifactError) as caught:
         tokenize(SETTINGS, run)
-    assert str(caught.value).startswith(f"{damaged} (") and "must be a parquet file" in str(caught.value)
+    assert str(caught.value).startswith(f"{damaged} (sha256 ") and "as its manifest says" in str(caught.value)
+    assert not Path(run.uri).exists()
 
 
 def test_tokenizer_of_another_corpus_is_refused(tmp_path: Path) -> None:

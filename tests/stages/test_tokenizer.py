@@ -7,11 +7,11 @@ import pytest
 
 from ray_ds.artifacts import Tokenizer
 from ray_ds.config.tokenizer import TokenizerSettings
-from ray_ds.errors import ConfigError, InputError
+from ray_ds.errors import ArtifactError, ConfigError, InputError
 from ray_ds.stages import tokenizer as stage
 from ray_ds.stages.tokenizer import learn, train_tokenizer
 from ray_ds.tokenizer import load_tokenizer, train_bpe
-from tests.stages.small_artifacts import book_texts, make_corpus, stage_run
+from tests.stages.small_artifacts import book_texts, flip_byte, make_corpus, stage_run
 
 TEXTS = book_texts(10, 12)
 
@@ -73,3 +73,14 @@ def test_stage_writes_an_artefact_and_brings_errors_home(
     run = stage_run(tmp_path, "Tokenizer", corpus, name="b")
     with pytest.raises(ConfigError, match=r"^tokenizer.sample_bytes \(1\) must be enough for a document"):
         train_tokenizer(TokenizerSettings(sample_bytes=1), run)
+
+
+@pytest.mark.ray
+def test_a_flipped_byte_in_the_corpus_is_noticed_before_work(tmp_path: Path, local_ray: None) -> None:
+    corpus = make_corpus(tmp_path, TEXTS)
+    run = stage_run(tmp_path, "Tokenizer", corpus)
+    damaged = flip_byte(corpus)
+    with pytest.raises(ArtifactError) as caught:
+        train_tokenizer(TokenizerSettings(vocab_size=300), run)
+    assert str(caught.value).startswith(f"{damaged} (sha256 ") and "as its manifest says" in str(caught.value)
+    assert not Path(run.uri).exists()

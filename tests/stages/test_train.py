@@ -122,6 +122,16 @@ def test_too_little_text_for_a_row(tmp_path: Path) -> None:
 
 
 @pytest.mark.ray
+def test_shards_with_a_flipped_bit(tmp_path: Path) -> None:
+    shard = Path(make_shards(tmp_path).path("train", "1.arrow"))
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    message = refused(ArtifactError, tmp_path)
+    assert message.startswith(f"{shard} (sha256 ") and "as its manifest says" in message
+
+
+@pytest.mark.ray
 @pytest.mark.slow
 def test_checkpoints_that_cannot_be_used(tmp_path: Path) -> None:
     run = make_run(tmp_path)

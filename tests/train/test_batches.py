@@ -31,7 +31,7 @@ def test_targets_are_the_next_tokens(tmp_path: Path) -> None:
 def test_validation_reads_each_row_once_and_gives_ranks_as_many_micro_batches(tmp_path: Path) -> None:
     write_shards(tmp_path)
     split = open_split(str(tmp_path), "validation")
-    settings = make_settings(validation_tokens=10**6)
+    settings = make_settings(validate_every=1, validation_tokens=10**6)
     ranks = [list(validation_batches(split, settings, rank=rank, world_size=3, device=CPU)) for rank in range(3)]
     assert len({len(batches) for batches in ranks}) == 1
     rows = [row for batches in ranks for _, targets in batches for row in targets.numpy() if row[0] >= 0]

@@ -1,0 +1,36 @@
+import os
+
+os.environ["RAY_AUTH_MODE"] = "disabled"  # read when ray is imported
+
+import pytest
+import ray
+
+from ray_ds.config.serve import ServeSettings
+from ray_ds.on_ray.endpoint import endpoint_url, head_node
+
+HEAD = {"NodeID": "a1", "NodeManagerAddress": "10.0.0.1", "Resources": {"CPU": 1.0, "node:__internal_head__": 1.0}}
+WORKER = {"NodeID": "b2", "NodeManagerAddress": "10.0.0.2", "Resources": {"CPU": 8.0, "node:10.0.0.2": 1.0}}
+
+
+@pytest.fixture(autouse=True)
+def two_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    before_restart = {**HEAD, "NodeID": "dead", "NodeManagerAddress": "10.0.0.9", "Alive": False}
+    nodes = [before_restart, {**WORKER, "Alive": True}, {**HEAD, "Alive": True}]
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+
+
+def test_the_head_is_found_wherever_this_process_runs() -> None:
+    assert head_node()["NodeID"] == "a1"
+
+
+@pytest.mark.parametrize(
+    ("host", "url"),
+    [
+        ("127.0.0.1", "http://127.0.0.1:8000/m"),
+        ("::1", "http://[::1]:8000/m"),
+        ("0.0.0.0", "http://10.0.0.1:8000/m"),
+    ],
+)
+def test_clients_are_told_where_the_proxy_listens(host: str, url: str) -> None:
+    settings = ServeSettings(host=host, route_prefix="/m", api_key_env="KEY")
+    assert endpoint_url(settings) == url
