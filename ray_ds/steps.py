@@ -19,7 +19,7 @@ from ray_ds.artifacts import (
     open_artifact,
 )
 from ray_ds.config.settings import as_json, digest_settings
-from ray_ds.errors import ArtifactError
+from ray_ds.errors import ArtifactError, ConfigError, InputError
 from ray_ds.recipe import Recipe, Step
 from ray_ds.stage_table import load_object
 
@@ -39,9 +39,12 @@ def step_digest(step: Step) -> str:
     }
     if step.stage.sources:
         find_sources: Callable[[Any], Sequence[SourceFile]] = load_object(step.stage.sources)
+        try:
+            sources = find_sources(step.settings)
+        except (ConfigError, InputError) as error:
+            raise type(error)(f"{step.name}.{error.field}", error.value, error.allowed, error.action) from error
         content["sources"] = [
-            [source.uri.rsplit("/", 1)[-1], source.sha256, source.source, source.licence]
-            for source in find_sources(step.settings)
+            [source.uri.rsplit("/", 1)[-1], source.sha256, source.source, source.licence] for source in sources
         ]
     return make_digest(content)
 

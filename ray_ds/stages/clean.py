@@ -46,7 +46,7 @@ def clean(settings: CleanSettings, run: StageRun) -> Artifact:
     sources = fingerprint_inputs(settings)
     check_columns(find_input_files(settings))
     units = plan_units(settings, sources)
-    check_shared(run.uri.rsplit("/", 2)[0])
+    check_shared(run.run_dir)
     log_event("clean_planned", files=len(sources), bytes=sum(source.bytes for source in sources), units=len(units))
 
     cleaned = _run_clean(units, settings, run)
