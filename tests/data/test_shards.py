@@ -1,9 +1,9 @@
 """Shards hold documents exactly, and rows of any length cover every target once."""
 
-from pathlib import gc
+import gc
+from pathlib import Path
 
 import numpy as np
-import Path
 import pyarrow as pa
 import pytest
 
