@@ -35,15 +35,3 @@ wait_for_port() {   # HOST PORT SECONDS LOG
     sleep 0.2
   done
 }
-
-wait_for_socket() {   # PATH SECONDS LOG
-  local end=$((SECONDS + $2))
-  until [ -S "$1" ]; do
-    if [ "$SECONDS" -ge "$end" ]; then
-      echo "up.sh: $1 is not there after $2 s; the end of $3:" >&2
-      tail -n 20 "$3" >&2
-      exit 1
-    fi
-    sleep 0.1
-  done
-}

@@ -54,9 +54,10 @@ start_node() {   # NAME ARGUMENT...: run one node in its own process group and r
 start_node head --head --node-ip-address=127.0.0.2 --port="$gcs_port" --dashboard-host=127.0.0.1 --dashboard-port="$dashboard_port" \
   --num-cpus=1 --temp-dir="$temp" --include-dashboard=true
 wait_for_port 127.0.0.2 "$gcs_port" 60 "$state/head.log"
-start_node worker-1 --node-ip-address=127.0.0.3 --address="127.0.0.2:$gcs_port" --num-cpus="$worker_cpus"
-wait_for_socket "$temp/session_latest/sockets/raylet.1" 60 "$state/worker-1.log"   # two at once take the same name
-start_node worker-2 --node-ip-address=127.0.0.4 --address="127.0.0.2:$gcs_port" --num-cpus="$worker_cpus"
+for number in 1 2; do   # folders of their own, as on machines of their own: a node that joins unpacks a job's files anew
+  start_node "worker-$number" --node-ip-address="127.0.0.$((number + 2))" --address="127.0.0.2:$gcs_port" \
+    --num-cpus="$worker_cpus" --temp-dir="$temp/$number"
+done
 wait_for_port 127.0.0.1 "$dashboard_port" 90 "$state/head.log"
 "$python" -m ray_ds.on_ray.session --wait-for-nodes 3 --timeout-s 90 || {
   echo "up.sh: the cluster did not come up; see $state/*.log" >&2

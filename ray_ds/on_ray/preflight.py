@@ -4,7 +4,7 @@ import secrets
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayError
+from ray.exceptions import GetTimeoutError, NodeDiedError, RayError, TaskUnschedulableError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ray_ds import storage
@@ -63,7 +63,7 @@ def check_shared(run_dir: str) -> None:
         raise ClusterError("run_dir", run_dir, f"must be writable from this node ({error})", advice) from error
     try:
         for node, found in _read_on_each_node(probe).items():
-            if found != content:
+            if found is not None and found != content:
                 raise ClusterError(
                     "run_dir", run_dir, f"must be readable on node {node} (a probe file was not)", advice
                 )
@@ -72,7 +72,7 @@ def check_shared(run_dir: str) -> None:
         system.delete_file(path)
 
 
-def _read_on_each_node(uri: str) -> dict[str, str]:
+def _read_on_each_node(uri: str) -> dict[str, str | None]:
     """Return the text of a file as each living node sees it, by the node's address; empty where it is absent."""
     pending = {}
     for node in ray.nodes():
@@ -83,10 +83,12 @@ def _read_on_each_node(uri: str) -> dict[str, str]:
     return {name: _answer(result) for name, result in pending.items()}
 
 
-def _answer(result: Any) -> str:
-    """Return what a node read; a node that is lost or silent has read nothing."""
+def _answer(result: Any) -> str | None:
+    """Return what a node read: nothing when it is silent, None when it is gone, which Ray notices seconds late."""
     try:
         text: str = ray.get(result, timeout=PROBE_TIMEOUT_S)
+    except (TaskUnschedulableError, NodeDiedError):
+        return None
     except (GetTimeoutError, RayError) as error:
         log_event("probe_failed", error=str(error).splitlines()[0])
         return ""

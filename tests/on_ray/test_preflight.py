@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import ray
+from ray.exceptions import TaskUnschedulableError
 
 from ray_ds.errors import ClusterError
 from ray_ds.on_ray import preflight
@@ -36,6 +37,14 @@ def test_a_folder_of_this_process_alone_is_refused(tmp_path: Path, monkeypatch: 
         ClusterError, match=r"^run_dir \(/proc/self/cwd/runs\) must be readable on node .* was not\); use"
     ):
         check_shared("/proc/self/cwd/runs")
+
+
+def test_a_node_that_died_a_moment_ago_is_not_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(*_: object, **__: object) -> str:
+        raise TaskUnschedulableError("The node specified via NodeAffinitySchedulingStrategy doesn't exist any more")
+
+    monkeypatch.setattr(preflight.ray, "get", gone)
+    check_shared(str(tmp_path))
 
 
 def test_a_folder_that_cannot_be_written_is_refused() -> None:
