@@ -68,6 +68,15 @@ def hash_fraction(key: str, purpose: str, seed: int) -> float:
     return xxhash.xxh3_64_intdigest(f"{purpose}\n{seed}\n{key}".encode()) / 2**64
 
 
+def identity_of(doc_id: str) -> str:
+    """Return what a document is known by: `<file>:<own id>`, or its whole id where its raw file gave it none.
+
+    So the parts of a document that share an own id are held out together.
+    """
+    found = _WITH_OWN_ID.fullmatch(doc_id)
+    return doc_id if found is None else f"{doc_id.partition('-')[0]}:{found[1]}"
+
+
 def group_of(doc_id: str) -> str | None:
     """Return the group of a document, such as the book of a chapter; None where its raw file gave it no id.
 

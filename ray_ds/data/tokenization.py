@@ -8,7 +8,7 @@ import numpy as np
 
 from ray_ds.config.tokenize import HoldOut
 from ray_ds.data.clean_text import Publish
-from ray_ds.data.documents import group_of, hash_fraction, read_documents
+from ray_ds.data.documents import group_of, hash_fraction, identity_of, read_documents
 from ray_ds.data.shards import SHARD_SUFFIX, SPLITS, Split, encode_shard, token_dtype
 from ray_ds.errors import ConfigError
 from ray_ds.tokenizer import load_tokenizer
@@ -36,7 +36,7 @@ def split_of(doc_id: str, job: TokenizeJob) -> Split:
     Raises:
         ConfigError: groups are asked for, and the document has none.
     """
-    key = group_of(doc_id) if job.hold_out == "group" else doc_id
+    key = group_of(doc_id) if job.hold_out == "group" else identity_of(doc_id)
     if key is None:
         allowed = f"must be document where documents have no id of their own, such as {doc_id}"
         raise ConfigError(f"{job.step}.hold_out", job.hold_out, allowed, "name their id_column in the clean step")

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ray_ds.data.documents import file_names, group_of, hash_fraction, read_documents
+from ray_ds.data.documents import file_names, group_of, hash_fraction, identity_of, read_documents
 from ray_ds.errors import ArtifactError
 from tests.stages.small_artifacts import make_corpus
 
@@ -55,3 +55,12 @@ def test_damaged_file_is_named(tmp_path: Path) -> None:
     Path(corpus.path("documents-00000.parquet")).write_bytes(b"PAR1")
     with pytest.raises(ArtifactError, match=r"documents-00000.parquet \(.*must be a parquet file with doc_id and text"):
         list(read_documents(corpus.uri, "00000"))
+
+
+def test_the_parts_of_a_document_are_one() -> None:
+    assert (
+        identity_of("0123456789ab-3:kjv/Ruth/1")
+        == identity_of("0123456789ab-9:kjv/Ruth/1")
+        == "0123456789ab:kjv/Ruth/1"
+    )
+    assert identity_of("0123456789ab-3") == "0123456789ab-3"
