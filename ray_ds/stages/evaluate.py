@@ -50,7 +50,8 @@ def evaluate(settings: EvaluateSettings, run: StageRun) -> Artifact:
     shards = run.input(TokenShards)
     check_same_tokenizer(model, shards)
     check_seq_len(model, settings, run.step)
-    model.verify_files()
+    for artifact in (model, shards):
+        artifact.verify_files()
     device = choose_device(settings.device, settings.num_workers)
     check_cluster(
         run.run_dir,

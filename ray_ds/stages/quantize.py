@@ -57,7 +57,8 @@ def quantize(settings: QuantizeSettings, run: StageRun) -> Artifact:
     started = time.monotonic()
     checkpoint, shards = run.input(Checkpoint), run.input(TokenShards)
     check_same_tokenizer(checkpoint, shards)
-    checkpoint.verify_files()
+    for artifact in (checkpoint, shards):
+        artifact.verify_files()
     device = choose_device(settings.device, num_workers=1)
     num_gpus = float(device == "cuda")
     check_cluster(

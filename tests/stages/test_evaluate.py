@@ -132,6 +132,16 @@ def test_rows_longer_than_the_model_are_refused(tmp_path: Path) -> None:
     )
 
 
+def test_damaged_shard_is_refused(tmp_path: Path) -> None:
+    shards = make_shards(tmp_path)
+    shard = next(Path(shards.path("validation")).glob("*.arrow"))
+    data = shard.read_bytes()
+    shard.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    run = stage_run(tmp_path, "EvalReport", make_checkpoint(tmp_path), shards)
+    with pytest.raises(ArtifactError, match=r"arrow \(sha256 \w+\) must have sha256"):
+        evaluate(EvaluateSettings(seq_len=32), run)
+
+
 def test_damaged_model_is_refused(tmp_path: Path) -> None:
     checkpoint = make_checkpoint(tmp_path)
     weights = Path(checkpoint.path("model/model.safetensors"))
