@@ -15,6 +15,8 @@ Fraction = Annotated[float, pydantic.Field(ge=0, lt=1)]
 
 ROUTER_BIAS_SPEED = 1e-3
 VALIDATION_TOKENS = 65536
+GROW_PAUSE_S = 30.0
+MAX_BAD_STEPS = 10
 
 
 @settings
@@ -99,6 +101,13 @@ class TrainSettings:
     router_bias_speed: NonNegativeFloat | None = None
     """How much an expert's bias moves a step towards balance (arXiv 2408.15664), for a model with experts only; absent
     = 0.001."""
+    bad_loss: Literal["fail", "skip", "roll_back"] = "fail"
+    """What a bad step does: end the job; leave the weights as they were and go on; or go back to the last checkpoint
+    and on with the data behind the bad step. A loss that is no number is bad, and so is one above `loss_spike`."""
+    loss_spike: Annotated[float, pydantic.Field(gt=1)] | None = None
+    """How many times the median of the last 32 losses a loss must be to count as a spike; absent = never."""
+    max_bad_steps: NonNegativeInt | None = None
+    """Bad steps that are skipped or rolled back before the job fails, where `bad_loss` is not `fail`; absent = 10."""
     seed: NonNegativeInt = 0
     """Of the weights at the start and of the order of the rows."""
     window_shards: PositiveInt = 4
@@ -107,6 +116,11 @@ class TrainSettings:
     """Steps between checkpoints of all state."""
     keep_checkpoints: Annotated[PositiveInt, OUTPUT_UNCHANGED] = 2
     """Checkpoints kept; the older ones are deleted. Two survive one that is damaged."""
+    keep_best: Annotated[bool, OUTPUT_UNCHANGED] = False
+    """Whether the checkpoint with the lowest validation loss is kept too, beside the newest."""
+    snapshot_every: Annotated[NonNegativeInt | Literal["auto"], OUTPUT_UNCHANGED] = "auto"
+    """Steps between snapshots in the memory of two nodes each; 0 = none; `auto` = as often as costs at most 2 % of the
+    time, and every 30 s if that costs more."""
     validate_every: Annotated[NonNegativeInt, OUTPUT_UNCHANGED] = 0
     """Steps between looks at the validation loss; 0 = never."""
     validation_tokens: Annotated[PositiveInt | None, OUTPUT_UNCHANGED] = None
@@ -120,14 +134,28 @@ class TrainSettings:
     """Whether torch.compile makes the model's kernels: slow to start, faster on a GPU."""
     device: Annotated[Literal["auto", "cpu", "cuda"], OUTPUT_UNCHANGED] = "auto"
     """What workers compute on; auto = cuda where the cluster has GPUs."""
-    num_workers: Annotated[PositiveInt, OUTPUT_UNCHANGED] = 1
-    """Processes; on cuda each has one GPU."""
+    num_workers: Annotated[PositiveInt | tuple[PositiveInt, PositiveInt], OUTPUT_UNCHANGED] = 1
+    """Processes, a number or `[min, max]` for as many as the cluster holds at the time; on cuda each has one GPU."""
+    allowed_workers: Annotated[tuple[PositiveInt, ...] | None, OUTPUT_UNCHANGED] = None
+    """Numbers of processes that may train, within `[min, max]`; absent = all of them."""
+    scaling: Annotated[Literal["graceful", "stock"] | None, OUTPUT_UNCHANGED] = None
+    """Who decides on growing and shrinking, for `[min, max]` only: `graceful` checkpoints first and avoids dead and
+    draining nodes; `stock` is Ray Train's own policy. Absent = graceful."""
+    grow_pause_s: Annotated[NonNegativeFloat | None, OUTPUT_UNCHANGED] = None
+    """Least time between a (re)start and the next growth, for `[min, max]` only, so that nodes that come and go do not
+    make training restart all the time; absent = 30."""
     cpus_per_worker: Annotated[PositiveFloat, OUTPUT_UNCHANGED] = 1.0
     """CPUs that Ray reserves for a worker."""
     threads_per_worker: Annotated[PositiveInt, OUTPUT_UNCHANGED] = 1
     """Threads a worker computes with on the CPU."""
     max_failures: Annotated[NonNegativeInt, OUTPUT_UNCHANGED] = 3
-    """Times that lost workers are replaced, each time from the last checkpoint, before the job fails."""
+    """Times that lost workers are replaced without a step done in between, before the job fails."""
+    hang_timeout_s: Annotated[PositiveFloat, OUTPUT_UNCHANGED] = 600.0
+    """Time without progress after which a worker counts as hung: its stack traces are kept and the workers replaced."""
+    profile_steps: Annotated[tuple[PositiveInt, PositiveInt] | None, OUTPUT_UNCHANGED] = None
+    """First and last step of which torch's profiler writes a trace, `profile/` in the artefact; absent = none."""
+    trackers: Annotated[tuple[Literal["tensorboard", "wandb", "mlflow"], ...], OUTPUT_UNCHANGED] = ()
+    """Where the figures of each step also go; the packages must be installed where the workers run."""
 
     def __post_init__(self) -> None:
         """Refuse settings that do not fit together or have no effect."""
@@ -136,6 +164,14 @@ class TrainSettings:
         fill_or_refuse(self, "router_bias_speed", ROUTER_BIAS_SPEED, unused=unused)
         unused = None if self.validate_every else "has no effect while validate_every is 0"
         fill_or_refuse(self, "validation_tokens", VALIDATION_TOKENS, unused=unused)
+        elastic = None if self.is_elastic else "has no effect with a fixed number of workers"
+        fill_or_refuse(self, "scaling", "graceful", unused=elastic)
+        fill_or_refuse(self, "grow_pause_s", GROW_PAUSE_S, unused=elastic)
+        unused = "has no effect where bad_loss is fail" if self.bad_loss == "fail" else None
+        fill_or_refuse(self, "max_bad_steps", MAX_BAD_STEPS, unused=unused)
+        if self.keep_best and not self.validate_every:
+            raise ConfigError("keep_best", True, "has no effect while validate_every is 0", "remove it, or validate")
+        self._check_workers()
         self._check_length()
         self._check_grid()
         self._check_muon()
@@ -151,16 +187,27 @@ class TrainSettings:
             raise ConfigError("schedule.warmup_steps", self.schedule.warmup_steps, allowed, "lower it")
 
     def _check_grid(self) -> None:
-        """Want a batch of whole micro-batches that the workers can share out evenly."""
+        """Want a batch of whole micro-batches, at least one for each worker."""
         unit = self.micro_batch * self.seq_len
         if self.batch_tokens % unit:
             allowed = f"must be a multiple of micro_batch * seq_len ({self.micro_batch} * {self.seq_len} = {unit})"
             raise ConfigError("batch_tokens", self.batch_tokens, allowed, f"try {_round_up(self.batch_tokens, unit)}")
-        if self.num_micro_batches % self.num_workers:
-            grid = f"{self.num_workers} * {self.micro_batch} * {self.seq_len} = {self.num_workers * unit}"
-            allowed = f"must be a multiple of num_workers * micro_batch * seq_len ({grid})"
-            fitting = _round_up(self.batch_tokens, self.num_workers * unit)
-            raise ConfigError("batch_tokens", self.batch_tokens, allowed, f"try {fitting}, or another num_workers")
+        if self.max_workers > self.num_micro_batches:
+            allowed = f"must be at most {self.num_micro_batches}, the micro-batches of a step (batch_tokens / {unit})"
+            raise ConfigError("num_workers", self.num_workers, allowed, "ask for fewer workers or larger batches")
+
+    def _check_workers(self) -> None:
+        """Want a range of workers that is one, and sizes that lie in it."""
+        if self.min_workers > self.max_workers:
+            raise ConfigError("num_workers", list(self.worker_range), "must be [min, max]", "swap them")
+        if self.allowed_workers is None:
+            return
+        if not self.is_elastic:
+            value = list(self.allowed_workers)
+            raise ConfigError("allowed_workers", value, "has no effect with a fixed number of workers", "remove it")
+        if any(not self.min_workers <= size <= self.max_workers for size in self.allowed_workers):
+            allowed = f"must lie within num_workers, {self.min_workers} to {self.max_workers}"
+            raise ConfigError("allowed_workers", list(self.allowed_workers), allowed, "correct one of them")
 
     def _check_muon(self) -> None:
         """Refuse clipping where DeepSpeed would clip Muon's update instead of the gradient.
@@ -181,6 +228,26 @@ class TrainSettings:
         if self.precision == "fp16" and self.zero_stage == 0:
             allowed = "must be 1, 2 or 3 with fp16: DeepSpeed does not scale the loss in ZeRO 0"
             raise ConfigError("zero_stage", self.zero_stage, allowed, "use 1, or precision bf16")
+
+    @property
+    def worker_range(self) -> tuple[int, int]:
+        """The least and the most workers."""
+        return self.num_workers if isinstance(self.num_workers, tuple) else (self.num_workers, self.num_workers)
+
+    @property
+    def min_workers(self) -> int:
+        """The least workers that train."""
+        return self.worker_range[0]
+
+    @property
+    def max_workers(self) -> int:
+        """The most workers that train."""
+        return self.worker_range[1]
+
+    @property
+    def is_elastic(self) -> bool:
+        """Whether the number of workers may change while training runs."""
+        return isinstance(self.num_workers, tuple)
 
     @property
     def num_steps(self) -> int:

@@ -1,0 +1,94 @@
+"""What training needs of the place it runs in, so that the loop knows no Ray."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Protocol
+
+import torch
+from pydantic import JsonValue
+from torch import Tensor
+
+
+class Request(IntEnum):
+    """What the place asks of training; of several requests the highest counts."""
+
+    NONE = 0
+    PAUSE = 1
+    """Make the state safe, then wait: the processes will be replaced by more or fewer."""
+    STOP = 2
+    """Make the state safe on storage, then end: the job was told to stop."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Part:
+    """One process's part of a state, packed: plain memory that needs no process to live."""
+
+    step: int
+    """Optimizer steps done."""
+    rank: int
+    world_size: int
+    """Parts that make a whole."""
+    index: JsonValue
+    """What lies where in `tensors`, and what the state says beside them; `train.packing` writes and reads it."""
+    tensors: Mapping[str, Tensor]
+    """1-D, on the CPU, never changed after they were packed."""
+
+
+class SnapshotStore(Protocol):
+    """Memory of other nodes that outlives this process and its node."""
+
+    def put(self, part: Part) -> None:
+        """Hand over this process's part; returns before it has arrived, after the last one has."""
+
+    def wait(self) -> None:
+        """Wait until what was put has arrived.
+
+        Raises:
+            OSError: it cannot arrive, for the memory that was to hold it is gone.
+        """
+
+    def newest_whole(self) -> int | None:
+        """Return the newest step of which all parts are to be had."""
+
+    def fetch(self, step: int) -> Sequence[Part]:
+        """Return all parts of a step.
+
+        Raises:
+            LookupError: they are no longer all there.
+        """
+
+
+class Host(Protocol):
+    """Where a training process runs. Its default process group is ready when training starts."""
+
+    @property
+    def rank(self) -> int:
+        """Number of this process, from 0."""
+
+    @property
+    def world_size(self) -> int:
+        """How many processes train together."""
+
+    @property
+    def device(self) -> torch.device:
+        """What this process computes on."""
+
+    @property
+    def snapshots(self) -> SnapshotStore | None:
+        """Where snapshots are kept; None where there is no such place."""
+
+    def report(self, record: Mapping[str, float]) -> None:
+        """Show a step's figures to who watches the run; every process calls it at the same steps."""
+
+    def request(self) -> Request:
+        """Return what this process was asked for, without waiting; the loop makes it one answer for all processes."""
+
+    def beat(self, place: str) -> None:
+        """Say that this process is alive and where it is, such as `step 12 micro-batch 3`; costs next to nothing."""
+
+    def safe(self, step: int) -> None:
+        """Say that the state after `step` is safe and this process will do no more; waits until it is ended.
+
+        Returns only after a request to stop; every process calls it.
+        """
