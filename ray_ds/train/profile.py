@@ -63,9 +63,11 @@ class StepProfiler:
         first, last = self._steps
         self._first = max(step, first)
         activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (self._device.type == "cuda")
-        plan = schedule(wait=0, warmup=self._first - step, active=last - self._first + 1, repeat=1)
+        plan = schedule(wait=0, warmup=1, active=last - self._first + 1, repeat=1)
         self._profile = profile(activities=activities, schedule=plan, on_trace_ready=self._write)
         self._profile.start()
+        if step == self._first:
+            self._profile.step()
 
     def _synchronize(self) -> None:
         if self._device.type == "cuda":
