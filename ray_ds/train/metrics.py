@@ -1,20 +1,96 @@
-"""What is measured each step: kept as JSON lines, drawn as a curve."""
+"""What is measured each step: kept as JSON lines, summed up and drawn at the end."""
 
 import io
 import json
+import resource
+import statistics
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import torch
+from torch import Tensor
+
+from ray_ds.model.balance import max_violation
 
 Record = Mapping[str, float | int | bool]
-"""A step's figures: `step` (from 1), `tokens`, `loss`, `lr` (of the first group), `grad_norm`, `seconds`,
-`tokens_per_s`; where they apply `mfu`, `max_violation`, `loss_scale`, `is_skipped`, `validation_loss`."""
+"""A step's figures, by the names in `FIELDS`."""
+
+FIELDS: Mapping[str, str] = {
+    "step": "Optimizer steps done",
+    "tokens": "Tokens trained on",
+    "loss": "Training loss of the step, nats a token",
+    "validation_loss": "Loss on the validation split, nats a token",
+    "lr": "Learning rate of the first group",
+    "grad_norm": "Norm of the gradient before clipping",
+    "seconds": "Duration of the step",
+    "tokens_per_s": "Tokens a second in the step, of all workers together",
+    "mfu": "Part of the devices' peak that the model's own work was",
+    "goodput": "Part of the run's time spent on steps that count",
+    "elapsed_s": "Seconds since the first step began, but for those without a job",
+    "lost_s": "Seconds lost to restarts: waiting, starting, steps that run again",
+    "restarts": "Times that the group of workers was started anew",
+    "world_size": "Workers that train",
+    "max_violation": "How far the busiest expert of the worst layer lies above the mean, as a part of the mean",
+    "max_load": "Tokens of the busiest expert of any layer, as a multiple of the layer's mean",
+    "min_load": "Tokens of the idlest expert of any layer, as a multiple of the layer's mean",
+    "memory_bytes": "Peak memory of rank 0: the GPU's that torch took, or resident memory on a CPU",
+    "checkpoint_s": "Seconds that training stood still for the last checkpoint",
+    "snapshot_s": "Seconds that training stood still for the last snapshot",
+    "loss_scale": "What fp16 multiplies the loss by",
+    "is_skipped": "Whether the step left the weights as they were",
+    "time": "When the step ended, Unix seconds",
+}
+"""What the figures are. Every record has those that apply: `mfu` where the peak is known, `max_violation`, `max_load`
+and `min_load` with experts, `loss_scale` with fp16, the rest where the thing happened in or since the step before."""
+
+SHOWN = (
+    "loss",
+    "validation_loss",
+    "tokens_per_s",
+    "mfu",
+    "goodput",
+    "world_size",
+    "restarts",
+    "lr",
+    "grad_norm",
+    "max_violation",
+    "loss_scale",
+)
+"""Figures of a progress line, what matters most first."""
+LOSS_STEPS = 50
+"""Steps whose mean is called the training loss at the end."""
 
 PEAK_FLOPS: Mapping[str, float] = {"H100": 989.4e12, "H200": 989.4e12, "GH200": 989.4e12, "A100": 312e12}
 """Dense bf16 and fp16 peak by a word in the GPU's name, of the SXM forms, from NVIDIA's data sheets."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Work:
+    """What a step computes, and on what: the same at every step of an attempt."""
+
+    batch_tokens: int
+    flops_per_token: float
+    world_size: int
+    peak_flops: float | None
+    """Of one worker's device; None where it is unknown."""
+
+    def figures(self, step: int, seconds: float) -> dict[str, float | int]:
+        """Return what follows from a step (from 1) having taken so long."""
+        rate = self.batch_tokens / seconds
+        figures = {
+            "step": step,
+            "tokens": step * self.batch_tokens,
+            "seconds": seconds,
+            "tokens_per_s": rate,
+            "world_size": self.world_size,
+        }
+        if self.peak_flops is not None:
+            figures["mfu"] = rate * self.flops_per_token / (self.peak_flops * self.world_size)
+        return figures
 
 
 class MetricsLog:
@@ -26,9 +102,12 @@ class MetricsLog:
     def __init__(self, records: Sequence[Record], live_file: Path | None) -> None:
         """Start with the records of a checkpoint; the file's later ones, of steps that will run again, are cut off."""
         self.records: list[Record] = list(records)
+        self.last_sign: float | None = None
+        """`time` of the file's last record as it was found: when an earlier process was seen last."""
         self._live: IO[str] | None = None
         if live_file is not None:
             live_file.parent.mkdir(parents=True, exist_ok=True)
+            self.last_sign = _last_time(live_file)
             live_file.write_text(encode(self.records))
             self._live = live_file.open("a", buffering=1)
 
@@ -44,6 +123,17 @@ class MetricsLog:
             self._live.close()
 
 
+def _last_time(file: Path) -> float | None:
+    """Return `time` of the last whole record in a file, whose last line may be torn."""
+    lines = file.read_text(errors="replace").splitlines() if file.exists() else []
+    for line in reversed(lines[-2:]):
+        try:
+            return float(json.loads(line)["time"])
+        except (ValueError, KeyError, TypeError):
+            continue
+    return None
+
+
 def encode(records: Sequence[Record]) -> str:
     """Return records as JSON lines."""
     return "".join(json.dumps(record) + "\n" for record in records)
@@ -52,6 +142,43 @@ def encode(records: Sequence[Record]) -> str:
 def decode(text: str) -> list[Record]:
     """Return the records of JSON lines."""
     return [json.loads(line) for line in text.splitlines()]
+
+
+def load_figures(load: Tensor) -> dict[str, float]:
+    """Return `max_violation`, `max_load` and `min_load` of one step's tokens by expert, (MoE layers, E)."""
+    if not load.numel():
+        return {}
+    relative = load.double() / load.double().mean(dim=-1, keepdim=True)
+    return {
+        "max_violation": float(max_violation(load).max()),
+        "max_load": float(relative.max()),
+        "min_load": float(relative.min()),
+    }
+
+
+def peak_memory(device: torch.device) -> int:
+    """Return the most bytes this process has had: tensors on a GPU, or resident memory where a CPU computes."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts it in KiB
+
+
+def summarise(records: Sequence[Record]) -> dict[str, float | int | None]:
+    """Return what a run comes to: means and medians of its steps, its last look at validation, its whole account."""
+    last = records[-1]
+    looks = [record["validation_loss"] for record in records if "validation_loss" in record]
+    has_mfu = "mfu" in last
+    return {
+        "step": int(last["step"]),
+        "tokens": int(last["tokens"]),
+        "train_loss": statistics.fmean(record["loss"] for record in records[-LOSS_STEPS:]),
+        "validation_loss": looks[-1] if looks else None,
+        "tokens_per_s": statistics.median(record["tokens_per_s"] for record in records),
+        "mfu": statistics.median(record["mfu"] for record in records if "mfu" in record) if has_mfu else None,
+        "goodput": last["goodput"],
+        "lost_s": last["lost_s"],
+        "restarts": int(last["restarts"]),
+    }
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
@@ -78,24 +205,44 @@ def _measured_peak(dtype: torch.dtype, size: int = 768, repeats: int = 5) -> flo
 
 
 def draw_curve(records: Sequence[Record]) -> bytes:
-    """Return a PNG of loss and learning rate over tokens."""
+    """Return a PNG of loss and learning rate over tokens; thin lines are restarts, stairs the number of workers."""
     from matplotlib.figure import Figure  # slow to import, and only the end of a run needs it
 
     figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
-    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    has_workers = any("world_size" in record for record in records)
+    heights = (6, 2, 1) if has_workers else (6, 2)
+    axes = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
+    upper, middle, lowest = axes[0], axes[1], axes[-1]
     tokens = [record["tokens"] for record in records]
     upper.plot(tokens, [record["loss"] for record in records], linewidth=1, label="training")
     looks = [record for record in records if "validation_loss" in record]
     if looks:
         x, y = [look["tokens"] for look in looks], [look["validation_loss"] for look in looks]
         upper.plot(x, y, marker="o", markersize=3, label="validation")
+    _draw_restarts(upper, records)
     upper.set_ylabel("loss, nats a token")
     upper.legend()
-    upper.grid(alpha=0.3)
-    lower.plot(tokens, [record["lr"] for record in records], linewidth=1)
-    lower.set_ylabel("learning rate")
-    lower.set_xlabel("tokens")
-    lower.grid(alpha=0.3)
+    middle.plot(tokens, [record["lr"] for record in records], linewidth=1)
+    middle.set_ylabel("learning rate")
+    if has_workers:
+        workers = [record.get("world_size", float("nan")) for record in records]
+        lowest.step(tokens, workers, where="pre", linewidth=1)
+        lowest.set_ylabel("workers")
+        lowest.set_ylim(0, max(workers) + 1)
+        lowest.yaxis.get_major_locator().set_params(integer=True)
+    lowest.set_xlabel("tokens")
+    for part in axes:
+        part.grid(alpha=0.3)
     png = io.BytesIO()
     figure.savefig(png, format="png")
     return png.getvalue()
+
+
+def restart_tokens(records: Sequence[Record]) -> list[float]:
+    """Return the tokens trained on at each restart after which the run went on from a kept step."""
+    return [a["tokens"] for a, b in pairwise(records) if b.get("restarts", 0) > a.get("restarts", 0)]
+
+
+def _draw_restarts(axes: Any, records: Sequence[Record]) -> None:
+    for number, tokens in enumerate(restart_tokens(records)):
+        axes.axvline(tokens, color="grey", linewidth=0.5, label=None if number else "restart")

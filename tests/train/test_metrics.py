@@ -1,8 +1,23 @@
 from pathlib import Path
 
+import pytest
 import torch
+from matplotlib.figure import Figure
 
-from ray_ds.train.metrics import MetricsLog, decode, draw_curve, encode, peak_flops
+from ray_ds.train.metrics import (
+    FIELDS,
+    SHOWN,
+    MetricsLog,
+    Work,
+    decode,
+    draw_curve,
+    encode,
+    load_figures,
+    peak_flops,
+    peak_memory,
+    restart_tokens,
+    summarise,
+)
 
 RECORDS = [{"step": step, "tokens": step * 10, "loss": 5.0 / step, "lr": 0.1} for step in range(1, 6)]
 
@@ -34,3 +49,74 @@ def test_curve_is_a_png_with_and_without_validation() -> None:
 def test_peak_of_a_cpu_is_what_a_matrix_product_reaches() -> None:
     peak = peak_flops(torch.device("cpu"), torch.float32)
     assert peak is not None and 1e8 < peak < 1e14
+
+
+def test_last_sign_of_an_earlier_process_survives_the_cut_and_a_torn_line(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    assert MetricsLog([], file).last_sign is None
+    file.write_text(encode([{"step": 1, "time": 10.5}, {"step": 2, "time": 12.5}]) + '{"step": 3, "ti')
+    log = MetricsLog([{"step": 1, "time": 10.5}], file)
+    log.close()
+    assert log.last_sign == 12.5
+    assert decode(file.read_text()) == [{"step": 1, "time": 10.5}]
+
+
+def test_rate_and_mfu_follow_from_the_duration() -> None:
+    work = Work(batch_tokens=1000, flops_per_token=3e6, world_size=2, peak_flops=1e9)
+    assert work.figures(7, 2.0) == {
+        "step": 7,
+        "tokens": 7000,
+        "seconds": 2.0,
+        "tokens_per_s": 500.0,
+        "world_size": 2,
+        "mfu": 500 * 3e6 / 2e9,
+    }
+    unknown = Work(batch_tokens=1000, flops_per_token=3e6, world_size=2, peak_flops=None)
+    assert "mfu" not in unknown.figures(7, 2.0)
+
+
+def test_expert_load_is_told_as_multiples_of_the_layers_mean() -> None:
+    load = torch.tensor([[10, 10, 10, 10], [0, 20, 10, 10]])
+    assert load_figures(load) == {"max_violation": 1.0, "max_load": 2.0, "min_load": 0.0}
+    assert load_figures(torch.zeros(0, 0, dtype=torch.int64)) == {}
+
+
+def test_peak_memory_grows_with_what_is_held() -> None:
+    before = peak_memory(torch.device("cpu"))
+    held = torch.ones(before + 64 * 2**20, dtype=torch.uint8)
+    assert peak_memory(torch.device("cpu")) >= held.numel()
+
+
+def test_summary_takes_means_and_the_last_account() -> None:
+    account = {"goodput": 0.9, "lost_s": 3.0, "restarts": 2}
+    records = [{**record, **account, "tokens_per_s": 10.0 * record["step"], "mfu": 0.1} for record in RECORDS]
+    records[1]["validation_loss"] = 4.0
+    assert summarise(records) == {
+        "step": 5,
+        "tokens": 50,
+        "train_loss": pytest.approx(sum(5.0 / step for step in range(1, 6)) / 5),
+        "validation_loss": 4.0,
+        "tokens_per_s": 30.0,
+        "mfu": 0.1,
+        **account,
+    }
+
+
+def test_what_is_shown_is_measured() -> None:
+    assert set(SHOWN) <= set(FIELDS)
+
+
+def test_curve_marks_restarts_and_shows_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    workers = [{**record, "world_size": 2, "restarts": 0} for record in RECORDS]
+    for record in workers[3:]:
+        record |= {"world_size": 1, "restarts": 2}
+    assert restart_tokens(workers) == [30]
+    drawn: list[Figure] = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *a, **k: (drawn.append(figure), save(figure, *a, **k)))
+    assert draw_curve(workers).startswith(b"\x89PNG\r\n")
+    upper, _, lowest = drawn[0].axes
+    assert [line.get_label() for line in upper.lines] == ["training", "restart"]
+    assert list(lowest.lines[0].get_ydata()) == [2, 2, 2, 1, 1]
+    draw_curve(RECORDS)
+    assert len(drawn[1].axes) == 2
