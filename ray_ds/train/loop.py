@@ -2,6 +2,7 @@
 
 import time
 import warnings
+from contextlib import closing
 
 import torch
 import torch.distributed as dist
@@ -13,12 +14,13 @@ from ray_ds.logs import log_event
 from ray_ds.model.balance import expert_load, reset_expert_load, update_router_bias
 from ray_ds.model.decoder import Decoder
 from ray_ds.model.initial import init_weights
-from ray_ds.train.agreement import Agreement, agree
+from ray_ds.train.agreement import Word, agree
 from ray_ds.train.bad_steps import BadSteps
 from ray_ds.train.batches import Batches, open_split, validation_batches
+from ray_ds.train.checkpoints import METRICS
 from ray_ds.train.export import export_model
 from ray_ds.train.goodput import Goodput, read_attempts, write_attempts
-from ray_ds.train.host import Host, Request
+from ray_ds.train.host import Host
 from ray_ds.train.metrics import (
     MetricsLog,
     Record,
@@ -31,9 +33,10 @@ from ray_ds.train.metrics import (
     summarise,
 )
 from ray_ds.train.profile import StepProfiler
-from ray_ds.train.safekeeping import METRICS, Progress, Safekeeping
+from ray_ds.train.safekeeping import Progress, Safekeeping
 from ray_ds.train.schedule import lr_factor
 from ray_ds.train.task import Stopped, TrainResult, TrainTask
+from ray_ds.train.tracker_kinds import TrackedRun
 from ray_ds.train.trackers import Trackers
 from ray_ds.train.zero.engine import Engine
 
@@ -49,16 +52,13 @@ def train(task: TrainTask, host: Host) -> TrainResult | Stopped:
         FloatingPointError: a step was bad, and the settings give up then.
         ArtifactError: shards or checkpoints are damaged.
     """
-    loop = TrainLoop(task, host)
-    try:
+    with closing(TrainLoop(task, host)) as loop:
         loop.resume()
         while loop.step < task.settings.num_steps:
             if loop.run_step():
                 host.safe(loop.step)
                 return Stopped(step=loop.step)
         return loop.finish()
-    finally:
-        loop.close()
 
 
 def _is_due(every: int, done: int, is_last: bool) -> bool:
@@ -92,7 +92,8 @@ class TrainLoop:
             world_size=host.world_size,
             peak_flops=peak_flops(host.device, DTYPES[settings.precision]),
         )
-        self._seconds = 0.0
+        self._step_s, self._other_s = 0.0, 0.0
+        self._record: Record = {}
         self.metrics = MetricsLog([], None)
         self.trackers: Trackers | None = None
 
@@ -117,7 +118,8 @@ class TrainLoop:
         )
         if is_first:
             write_attempts(attempts_file, self.goodput.attempts)
-            self.trackers = Trackers(self.task, resumed_step=self.step)
+            run = TrackedRun(output=self.task.output, settings=self.task.settings_json(), steps_done=self.step)
+            self.trackers = Trackers(self.settings.trackers, run)
         losses = [record["loss"] for record in progress.records if not record.get("is_skipped")]
         self.bad_steps = BadSteps(self.settings, losses)
 
@@ -126,28 +128,28 @@ class TrainLoop:
         started = time.perf_counter()
         number = self.step + 1
         with self.profiler.step(number):
-            loss_sum = self._forward_backward(number)
-            agreement = agree(
-                loss_sum,
-                request=self.host.request(),
-                has_failed=self.safekeeping.has_failed,
-                seconds=self._seconds,
-                stall_s=self.safekeeping.snapshot_s,
-                memory_bytes=peak_memory(self.host.device),
-            )
-            loss = agreement.loss_sum / self.settings.batch_tokens
-            if not self._update(number, loss, agreement, started):
+            loss_sum, word = agree(self._forward_backward(number), self._word())
+            if not self._update(number, loss_sum / self.settings.batch_tokens, word, started):
                 return False
-        is_last = self.step == self.settings.num_steps
+        self._step_s = time.perf_counter() - started
+        self._validate_and_show()
         progress = Progress(step=self.step, cursor=self.cursor, records=self.metrics.records)
         with self.profiler.phase("keep"):
-            return self.safekeeping.keep(
-                progress,
-                seconds=agreement.seconds,
-                stall_s=agreement.stall_s,
-                is_last=is_last,
-                request=Request.NONE if is_last else agreement.request,
-            )
+            is_safe = self.safekeeping.keep(progress, word, is_last=self.step == self.settings.num_steps)
+        self._other_s = time.perf_counter() - started - self._step_s - self.safekeeping.snapshot_s
+        return is_safe
+
+    def _word(self) -> Word:
+        """Return what this process has to say in a step, of the step before."""
+        return Word(
+            request=self.host.request(),
+            has_failed=self.safekeeping.has_failed,
+            is_sending=self.safekeeping.was_sending(),
+            step_s=self._step_s,
+            stall_s=self.safekeeping.snapshot_s,
+            other_s=self._other_s,
+            memory_bytes=peak_memory(self.host.device),
+        )
 
     def _forward_backward(self, number: int) -> Tensor:
         """Add up the gradient of this process's micro-batches and return their summed loss, fp64."""
@@ -161,7 +163,7 @@ class TrainLoop:
         self.host.beat(f"step {number} gradients")
         return loss_sum
 
-    def _update(self, number: int, loss: float, agreement: Agreement, started: float) -> bool:
+    def _update(self, number: int, loss: float, word: Word, started: float) -> bool:
         """Update the weights and record the step; tell whether the step was done, which a roll back undoes."""
         reason = self.bad_steps.judge(loss)
         factor = lr_factor(self.step, self.settings.num_steps, self.settings.schedule)
@@ -189,7 +191,15 @@ class TrainLoop:
             update_router_bias(self.decoder, load, self.settings.router_bias_speed)
             figures |= load_figures(load)
         self.step, self.cursor = self.step + 1, self.cursor + 1
-        self._record(figures, agreement, started)
+        seconds = time.perf_counter() - started
+        stalls = {"checkpoint_s": self.safekeeping.checkpoint_s, "snapshot_s": self.safekeeping.snapshot_s}
+        self._record = {
+            **self._work.figures(self.step, seconds),
+            **figures,
+            **{name: value for name, value in stalls.items() if value},
+            "memory_bytes": word.memory_bytes,
+            **self.goodput.count(seconds, now=time.time(), is_skipped=bool(figures.get("is_skipped"))),
+        }
         return True
 
     def _take_expert_load(self) -> Tensor:
@@ -210,27 +220,19 @@ class TrainLoop:
                 f"step {self.step + 1} is bad and there is no state to go back to; lower checkpoint_every or the rate"
             )
         self.step, self.cursor = progress.step, behind
-        self.metrics.cut(progress.step)
+        self.metrics.go_back(progress.step)
         self.goodput.go_back(self.metrics.records, now=time.time())
 
-    def _record(self, figures: dict[str, float | int | bool], agreement: Agreement, started: float) -> None:
-        """Note a step's figures, with a look at validation where it is due, and show them."""
+    def _validate_and_show(self) -> None:
+        """Look at the validation loss where that is due, and show the step to who watches."""
         is_last = self.step == self.settings.num_steps
-        self._seconds = time.perf_counter() - started
-        record: dict[str, float | int | bool] = {
-            **self._work.figures(self.step, self._seconds),
-            **figures,
-            "memory_bytes": agreement.memory_bytes,
-            **self.safekeeping.take_stalls(),
-            **self.goodput.count(self._seconds, now=time.time(), is_skipped=bool(figures.get("is_skipped"))),
-        }
         if _is_due(self.settings.validate_every, self.step, is_last):
-            record["validation_loss"] = self.validation_loss()
-        self.metrics.append(record)
+            self._record = {**self._record, "validation_loss": self.validation_loss()}
+        self.metrics.append(self._record)
         if self.trackers is not None:
-            self.trackers.log(record)
+            self.trackers.log(self._record)
         if _is_due(self.settings.log_every, self.step, is_last):
-            self.host.report(record)
+            self.host.report(self._record)
 
     def validation_loss(self) -> float:
         """Return the loss on rows of the validation split, in nats a token."""
@@ -263,7 +265,7 @@ class TrainLoop:
         self.batches.close()
         self.metrics.close()
         if self.trackers is not None:
-            self.trackers.close()
+            self.trackers.close(is_finished=self.step == self.settings.num_steps)
 
 
 def _seed(seed: int, cursor: int, index: int) -> None:

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from pydantic import JsonValue
+
 from ray_ds.config.model import ModelConfig
 from ray_ds.config.settings import as_json, decode_settings, settings
 from ray_ds.config.train import TrainSettings
@@ -29,6 +31,12 @@ class TrainTask:
     """`cpu` or `cuda`."""
     job_started: float = 0.0
     """When the job was submitted, in Unix seconds: time without a job counts as lost for nobody."""
+
+    def settings_json(self) -> dict[str, JsonValue]:
+        """Return the settings as JSON values."""
+        encoded = as_json(self.settings)
+        assert isinstance(encoded, dict)
+        return encoded
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as JSON values."""

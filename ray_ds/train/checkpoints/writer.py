@@ -78,8 +78,7 @@ class CheckpointWriter:
         """
         assert re.fullmatch(r"[A-Za-z0-9_-]+", attempt), f"{attempt} is no name for a folder"
         assert (part.rank, part.world_size) == (self._rank, self._world_size), "the part is another rank's"
-        if self._thread is not None:
-            self._thread.join()
+        self.join()
         self.poll()
         # The same step is written twice when training was rolled back: the number keeps the two apart.
         self._num_started += 1
@@ -138,6 +137,11 @@ class CheckpointWriter:
         except FAILURES:
             return "training goes on from the newest whole checkpoint"
         return f"training goes on from step {step}" if step is not None else "training starts at step 0"
+
+    def join(self) -> None:
+        """Wait until nothing is being written, whatever it has come to."""
+        if self._thread is not None:
+            self._thread.join()
 
     def wait(self, timeout_s: float | None = None) -> None:
         """Wait until the newest checkpoint counts; without one, return at once.
