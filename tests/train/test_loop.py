@@ -6,6 +6,8 @@ import torch
 from torch.multiprocessing.spawn import ProcessExitedException
 
 from ray_ds.model.checkpoint_folder import load_checkpoint_folder
+from ray_ds.train.checkpoints import find_latest
+from ray_ds.train.host import Request
 from ray_ds.train.task import TrainTask
 from tests.train.runs import curve, make_settings, make_task, read_records, train_in_processes
 
@@ -43,6 +45,27 @@ def test_number_of_workers_changes_rounding_only(folder: Path, whole: TrainTask)
     train_in_processes(task)
     alone, together = ([record["loss"] for record in read_records(each)] for each in (task, whole))
     torch.testing.assert_close(alone, together, rtol=1e-5, atol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.shows("Training stops when it is told to, and goes on with any other number of workers")
+@pytest.mark.parametrize(("first", "second"), [(2, 3), (3, 1)])
+def test_stopped_run_goes_on_with_another_number_of_workers(
+    folder: Path, whole: TrainTask, first: int, second: int
+) -> None:
+    settings = make_settings(steps=14, validate_every=5, validation_tokens=100, zero_stage=2, num_workers=[1, 3])
+    task = make_task(folder, settings, f"stopped-{first}-{second}")
+    train_in_processes(task, world_size=first, requests={7: Request.STOP})
+    assert not (Path(task.output) / "metrics.jsonl").exists()
+    commit = find_latest(task.checkpoints)
+    assert commit is not None and (commit.step, commit.world_size, commit.extra["cursor"]) == (7, first, 7)
+    train_in_processes(task, world_size=second)
+    expected, records = read_records(whole), read_records(task)
+    assert [record["world_size"] for record in records] == [first] * 7 + [second] * 7
+    assert [record["lr"] for record in records] == [record["lr"] for record in expected]
+    torch.testing.assert_close([r["loss"] for r in records], [r["loss"] for r in expected], rtol=1e-5, atol=0)
+    looks = [[r["validation_loss"] for r in each if "validation_loss" in r] for each in (records, expected)]
+    torch.testing.assert_close(looks[0], looks[1], rtol=1e-5, atol=0)
 
 
 @pytest.mark.slow
