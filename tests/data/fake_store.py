@@ -1,5 +1,6 @@
 """An object store for tests: a local folder that is read as `s3://bucket/...`, counts its reads and may be slow."""
 
+import contextlib
 import hashlib
 import time
 from collections.abc import Iterator
@@ -8,6 +9,7 @@ from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import numpy as np
+import pytest
 from pyarrow import fs
 
 from ray_ds import storage
@@ -39,8 +41,9 @@ class FakeStore:
         return self.root / uri.removeprefix(f"{BUCKET}/") if uri.startswith(BUCKET) else Path(uri)
 
     def read_blocks(self, uri: str) -> Iterator[bytes]:
-        with open(self.log, "a") as log:
-            log.write(f"{uri}\n")
+        if uri.startswith(BUCKET):
+            with open(self.log, "a") as log:
+                log.write(f"{uri}\n")
         with open(self.path(uri), "rb") as file:
             while block := file.read(self.block_bytes):
                 time.sleep(self.block_s)
@@ -48,6 +51,16 @@ class FakeStore:
 
     def fetched(self) -> list[str]:
         return self.log.read_text().split() if self.log.exists() else []
+
+
+@contextlib.contextmanager
+def installed_store(folder: Path) -> Iterator[FakeStore]:
+    """Give a store in place of the real ones, which are put back afterwards."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("filesystem", "read_blocks"):
+            patch.setattr(storage, name, getattr(storage, name))
+        (folder / "store").mkdir()
+        yield FakeStore(folder / "store", folder / "log").install()
 
 
 def put_shards(

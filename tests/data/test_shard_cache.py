@@ -16,7 +16,7 @@ import pytest
 from ray_ds import storage
 from ray_ds.data.shard_cache import ShardCache, ShardFile
 from ray_ds.errors import ArtifactError, ClusterError
-from tests.data.fake_store import BUCKET, FakeStore, open_all, read
+from tests.data.fake_store import BUCKET, FakeStore, installed_store, open_all, read
 
 SIZE = 1 << 18
 SPAWN = multiprocessing.get_context("spawn")
@@ -24,11 +24,8 @@ SPAWN = multiprocessing.get_context("spawn")
 
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[FakeStore]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(storage, "filesystem", storage.filesystem)  # so that both are put back
-        patch.setattr(storage, "read_blocks", storage.read_blocks)
-        (tmp_path / "store").mkdir()
-        yield FakeStore(tmp_path / "store", tmp_path / "log").install()
+    with installed_store(tmp_path) as store:
+        yield store
 
 
 def put(store: FakeStore, count: int, size: int = SIZE) -> list[ShardFile]:
@@ -85,7 +82,8 @@ def test_a_killed_fetch_is_taken_over(tmp_path: Path, store: FakeStore, is_waiti
     (shard,) = put(store, 1)
     stuck = FakeStore(store.root, store.log, block_s=60.0)
     folder = tmp_path / "cache"
-    worker = SPAWN.Process(target=open_all, args=(stuck, folder, [shard], SPAWN.Barrier(1)))
+    barrier = SPAWN.Barrier(1)
+    worker = SPAWN.Process(target=open_all, args=(stuck, folder, [shard], barrier))
     worker.start()
     wait_for(lambda: store.fetched() == [shard.uri])
     waiter = threading.Thread(target=read, args=(ShardCache(folder), shard))
@@ -180,7 +178,7 @@ def test_reading_ahead_goes_in_order_and_as_far_as_the_budget_holds(tmp_path: Pa
         order = shards[start:] + shards[:start]
         cache.read_ahead(order, 5)
         wait_for(lambda order=order: set(held(cache, order)) == {0, 1, 2})
-        assert not list(cache.folder.glob("*.partial"))
+        wait_for(lambda: not list(cache.folder.glob("*.partial")))
     assert store.fetched()[:3] == [shard.uri for shard in shards[:3]]
     cache.stop_reading()
 
