@@ -28,7 +28,7 @@ class Sampler:
         self._shard_starts = np.cumsum(self._shard_rows) - self._shard_rows
         self._seed = seed
         self._window_shards = window_shards
-        self._batch_rows = batch_rows
+        self.batch_rows = batch_rows
         self.num_rows = int(self._shard_rows.sum())
         self._epoch: tuple[int, list[NDArray[np.int64]], NDArray[np.int64]] | None = None
         self._window: tuple[int, int, NDArray[np.int64]] | None = None
@@ -36,12 +36,12 @@ class Sampler:
     @property
     def steps_per_epoch(self) -> int:
         """Return the number of steps after which every row has been seen."""
-        return -(-self.num_rows // self._batch_rows)
+        return -(-self.num_rows // self.batch_rows)
 
     def rows(self, step: int) -> NDArray[np.int64]:
         """Return the global row indices of a step, (batch_rows,); steps count from 0."""
         assert step >= 0
-        position, left = step * self._batch_rows, self._batch_rows
+        position, left = step * self.batch_rows, self.batch_rows
         parts: list[NDArray[np.int64]] = []
         while left:
             epoch, offset = divmod(position, self.num_rows)

@@ -74,6 +74,33 @@ def share_of(num_micro_batches: int, *, rank: int, world_size: int) -> list[int 
     return [*mine, *[None] * padding]
 
 
+class Grid:
+    """A batch's rows as micro-batches: a pure function of the batch's number, so that there is no state to save."""
+
+    def __init__(self, sampler: Sampler, micro_batch: int) -> None:
+        self.sampler = sampler
+        self._micro_batch = micro_batch
+        self._batch: tuple[int, NDArray[np.int64]] | None = None
+
+    def rows(self, cursor: int, index: int | None) -> NDArray[np.int64]:
+        """Return the row indices of a micro-batch, (micro_batch,); -1 in padding, which has no index."""
+        if index is None:
+            return np.full(self._micro_batch, -1, np.int64)
+        if self._batch is None or self._batch[0] != cursor:
+            self._batch = (cursor, self.sampler.rows(cursor).reshape(-1, self._micro_batch))
+        rows: NDArray[np.int64] = self._batch[1][index]
+        return rows
+
+    def shards(self, cursor: int, index: int) -> list[int]:
+        """Return the shards of the windows that a micro-batch's rows are in."""
+        start = self.start(cursor, index)
+        return self.sampler.shards(start, start + self._micro_batch)
+
+    def start(self, cursor: int, index: int) -> int:
+        """Return where in the sampler's stream a micro-batch begins."""
+        return cursor * self.sampler.batch_rows + index * self._micro_batch
+
+
 class Batches:
     """Deals a batch's rows out as a fixed grid of micro-batches, of which a rank takes neighbours.
 
@@ -94,12 +121,13 @@ class Batches:
         self._settings = settings
         self._device = device
         self._share = share_of(settings.num_micro_batches, rank=rank, world_size=world_size)
-        self._sampler = Sampler(
+        sampler = Sampler(
             split.shard_rows(settings.seq_len),
             seed=settings.seed,
             window_shards=settings.window_shards,
             batch_rows=settings.batch_rows,
         )
+        self._grid = Grid(sampler, settings.micro_batch)
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
         self._ahead: deque[tuple[tuple[int, int], Future[MicroBatch]]] = deque()
         self._needed: list[int] = []
@@ -150,27 +178,21 @@ class Batches:
     def _read(self, cursor: int, place: int) -> MicroBatch:
         """Return a micro-batch in host memory, from which the device copies while it computes."""
         index = self._share[place]
-        settings = self._settings
-        if index is None:
-            indices = np.full(settings.micro_batch, -1, np.int64)
-        else:
-            self._have_shards(cursor * settings.batch_rows + index * settings.micro_batch)
-            indices = self._sampler.rows(cursor).reshape(-1, settings.micro_batch)[index]
-        tokens, targets = read_rows(self._split, indices, settings.seq_len)
+        if index is not None and self._split.cache is not None:
+            self._have_shards(cursor, index)
+        tokens, targets = read_rows(self._split, self._grid.rows(cursor, index), self._settings.seq_len)
         if self._device.type == "cuda":
             tokens, targets = tokens.pin_memory(), targets.pin_memory()
         return MicroBatch(tokens, targets, index)
 
-    def _have_shards(self, start: int) -> None:
+    def _have_shards(self, cursor: int, index: int) -> None:
         """Have the node's cache keep what a micro-batch needs, let go what is done with, and fetch what comes next."""
-        if self._split.cache is None:
-            return
-        needed = self._sampler.shards(start, start + self._settings.micro_batch)
+        needed = self._grid.shards(cursor, index)
         if needed != self._needed:
             self._needed = needed
             self._split.keep_mapped(needed)
-            count = (1 + WINDOWS_AHEAD) * self._settings.window_shards
-            self._split.read_ahead(self._sampler.shards_by_next_use(start), count)
+            order = self._grid.sampler.shards_by_next_use(self._grid.start(cursor, index))
+            self._split.read_ahead(order, (1 + WINDOWS_AHEAD) * self._settings.window_shards)
 
 
 def validation_batches(
