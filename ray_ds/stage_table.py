@@ -59,7 +59,7 @@ STAGES: tuple[Stage, ...] = (
         settings="ray_ds.config.tokenize:TokenizeSettings",
         reads=(("Corpus",), ("Tokenizer",)),
         writes="TokenShards",
-        version=1,
+        version=2,
         resources="Ray Data, all CPUs",
     ),
     Stage(

@@ -1,7 +1,11 @@
 """Token shards: Arrow IPC files, uncompressed and memory-mapped, a row a document."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,6 +14,8 @@ import pyarrow as pa
 from numpy.typing import DTypeLike, NDArray
 
 from ray_ds import storage
+from ray_ds.artifacts import TokenShards, open_artifact
+from ray_ds.data.shard_cache import ShardCache, ShardFile
 from ray_ds.errors import ArtifactError, InputError
 
 Split = Literal["train", "validation"]
@@ -17,6 +23,11 @@ SPLITS: tuple[Split, ...] = ("train", "validation")
 
 SHARD_SUFFIX = ".arrow"
 MAX_UINT16_VOCAB = 1 << 16
+SHARD_TOKENS = "shard_tokens"
+"""The fact of TokenShards with the tokens of each shard: `facts["shard_tokens"]["train"]["00000.arrow"]`."""
+EDGE_BYTES = 1 << 16
+"""What is read of a shard's head and tail to learn how many tokens it has; both descriptions are far smaller."""
+READERS = 16
 
 
 def token_dtype(vocab_size: int) -> type[np.uint16] | type[np.uint32]:
@@ -47,55 +58,131 @@ def encode_shard(documents: Sequence[NDArray[Any]], doc_ids: Sequence[str], dtyp
     return data
 
 
-class TokenSplit:
-    """The shards of one split, memory-mapped: nothing is read before it is used, and nothing is copied."""
+@dataclass(frozen=True, slots=True)
+class MappedShard:
+    """A shard in memory that is a file on this node."""
 
-    def __init__(self, shards: Sequence[pa.RecordBatch]) -> None:
-        self._batches = shards
-        columns = [batch.column("tokens") for batch in shards]
-        self._tokens: list[NDArray[Any]] = [column.values.to_numpy(zero_copy_only=True) for column in columns]
-        self._offsets: list[NDArray[np.int64]] = [column.offsets.to_numpy(zero_copy_only=True) for column in columns]
+    batch: pa.RecordBatch
+    lock: BufferedReader | None
+    """Keeps a cached file from being evicted; None for a file that lies where it was made."""
+
+    @property
+    def tokens(self) -> NDArray[Any]:
+        """Its documents one after another, a view of the file."""
+        tokens: NDArray[Any] = self.batch.column("tokens").values.to_numpy(zero_copy_only=True)
+        return tokens
+
+    @property
+    def offsets(self) -> NDArray[np.int64]:
+        """Where its documents begin, and where the last one ends."""
+        offsets: NDArray[np.int64] = self.batch.column("tokens").offsets.to_numpy(zero_copy_only=True)
+        return offsets
+
+
+class TokenSplit:
+    """The shards of one split, memory-mapped: nothing is read before it is used, and nothing is copied.
+
+    Local shards are all mapped at once. Those on an object store are fetched into the node's cache when they are first
+    used, or ahead of it (`read_ahead`), and stay mapped until `keep_mapped` or `release` lets them go.
+    """
+
+    def __init__(
+        self,
+        num_tokens: Sequence[int],
+        *,
+        mapped: Mapping[int, MappedShard] | None = None,
+        files: Sequence[ShardFile] = (),
+        cache: ShardCache | None = None,
+    ) -> None:
+        self.tokens_per_shard = tuple(num_tokens)
+        self._mapped = dict(mapped or {})
+        self._streams = {shard: found.tokens for shard, found in self._mapped.items()}
+        self._files = files
+        self._cache = cache
         self._row_ends: dict[int, NDArray[np.int64]] = {}
 
     @classmethod
-    def open(cls, folder_uri: str, split: Split, cache: Path | None = None) -> "TokenSplit":
+    def open(cls, folder_uri: str, split: Split, cache: Path | ShardCache | None = None) -> "TokenSplit":
         """Open the split of a TokenShards folder.
 
         Args:
-            cache: local folder for copies of shards on an object store; not needed for local shards.
+            cache: local folder for copies of shards on an object store, or their cache; not needed for local shards.
         Raises:
-            ArtifactError: there are no shards, or one is damaged.
+            ArtifactError: there are no shards, or one is damaged, or those on an object store have no manifest.
         """
         folder = storage.join(folder_uri, split)
-        names = [entry.path for entry in storage.list_files(folder) if entry.path.endswith(SHARD_SUFFIX)]
-        if not names:
-            raise ArtifactError(folder, "no shards", "must hold Arrow files of token ids", "run the tokenize step")
-        assert cache is not None or not storage.is_remote(folder), "shards on an object store need a cache folder"
-        uris = [storage.join(folder, name) for name in names]
-        return cls([_map_shard(uri, storage.download(uri, cache or Path())) for uri in uris])
+        if storage.is_remote(folder):
+            assert cache is not None, "shards on an object store need a cache"
+            files, num_tokens = _list_remote(folder_uri, split)
+            _check_any(folder, files)
+            return cls(num_tokens, files=files, cache=ShardCache(cache) if isinstance(cache, Path) else cache)
+        uris = [storage.join(folder, e.path) for e in storage.list_files(folder) if e.path.endswith(SHARD_SUFFIX)]
+        _check_any(folder, uris)
+        mapped = [MappedShard(_map_shard(uri, storage.local_path(uri)), None) for uri in uris]
+        return cls([len(shard.tokens) for shard in mapped], mapped=dict(enumerate(mapped)))
 
     @property
     def num_shards(self) -> int:
         """Return the number of shards."""
-        return len(self._tokens)
+        return len(self.tokens_per_shard)
 
     @property
     def num_tokens(self) -> int:
         """Return the number of tokens, BOS of each document included."""
-        return sum(map(len, self._tokens))
+        return sum(self.tokens_per_shard)
 
     @property
     def num_documents(self) -> int:
-        """Return the number of documents."""
-        return sum(len(offsets) - 1 for offsets in self._offsets)
+        """Return the number of documents; every shard is opened for it."""
+        return sum(len(self._shard(shard).offsets) - 1 for shard in range(self.num_shards))
+
+    @property
+    def cache(self) -> ShardCache | None:
+        """Return the node's cache; None for local shards."""
+        return self._cache
+
+    def bytes_in_cache(self) -> list[int]:
+        """Return what each shard takes in the node's cache; empty for local shards."""
+        return [file.bytes for file in self._files]
 
     def shard_tokens(self, shard: int) -> NDArray[Any]:
-        """Return a shard's token stream (uint16 or uint32), a view of the file: its documents one after another."""
-        return self._tokens[shard]
+        """Return a shard's token stream (uint16 or uint32), a view of the file: its documents one after another.
+
+        Raises:
+            ArtifactError: it comes from an object store and is damaged there.
+            ClusterError: the node's disk has no room for it.
+        """
+        if shard not in self._streams:
+            self._streams[shard] = self._shard(shard).tokens
+        return self._streams[shard]
+
+    def read_ahead(self, order: Sequence[int], count: int) -> None:
+        """Fetch the first `count` shards of an order in the background, and evict what is late in it first."""
+        if self._cache is not None:
+            self._cache.read_ahead([self._files[shard] for shard in order], count)
+
+    def keep_mapped(self, shards: Collection[int]) -> None:
+        """Let the cache evict all shards but these; local shards stay mapped."""
+        if self._cache is not None:
+            for shard in [shard for shard in self._mapped if shard not in shards]:
+                self._streams.pop(shard, None)
+                lock = self._mapped.pop(shard).lock
+                assert lock is not None, "a cached file is locked"
+                lock.close()
+
+    def release(self) -> None:
+        """Stop reading ahead, and let the cache evict all shards; those used later are mapped again."""
+        self.keep_mapped(())
+        if self._cache is not None:
+            self._cache.stop_reading()
+
+    def shards_of(self, indices: NDArray[np.int64], seq_len: int) -> list[int]:
+        """Return the shards that rows are in, in order."""
+        return [int(shard) for shard in np.unique(np.searchsorted(self._ends(seq_len), indices, side="right"))]
 
     def shard_rows(self, seq_len: int) -> list[int]:
         """Return how many whole rows each shard has."""
-        return [max(len(tokens) - 1, 0) // seq_len for tokens in self._tokens]
+        return [max(tokens - 1, 0) // seq_len for tokens in self.tokens_per_shard]
 
     def num_rows(self, seq_len: int) -> int:
         """Return how many whole rows the split has; what is left at a shard's end is in none."""
@@ -112,18 +199,33 @@ class TokenSplit:
             raise IndexError(f"row {index} of {ends[-1]}")
         shard = int(np.searchsorted(ends, index, side="right"))
         start = (index - (int(ends[shard - 1]) if shard else 0)) * seq_len
-        return self._tokens[shard][start : start + seq_len + 1].astype(np.int64)
+        return self.shard_tokens(shard)[start : start + seq_len + 1].astype(np.int64)
 
     def documents(self) -> Iterator[NDArray[Any]]:
         """Yield each document's ids, BOS first, as views of the files."""
-        for tokens, offsets in zip(self._tokens, self._offsets, strict=True):
-            for start, stop in itertools.pairwise(offsets):
+        for shard in range(self.num_shards):
+            tokens = self.shard_tokens(shard)
+            for start, stop in itertools.pairwise(self._shard(shard).offsets):
                 yield tokens[start:stop]
 
     def doc_ids(self) -> Iterator[str]:
         """Yield the document ids, in the order of `documents`."""
-        for batch in self._batches:
-            yield from batch.column("doc_id").to_pylist()
+        for shard in range(self.num_shards):
+            yield from self._shard(shard).batch.column("doc_id").to_pylist()
+
+    def _shard(self, shard: int) -> MappedShard:
+        """Return a shard, mapped now if it was not."""
+        if shard not in self._mapped:
+            assert self._cache is not None, "local shards are all mapped"
+            file = self._files[shard]
+            lock = self._cache.open(file)
+            batch = _map_shard(file.uri, Path(lock.name))
+            found, expected = _count_tokens(batch), self.tokens_per_shard[shard]
+            if found != expected:
+                allowed = f"must have {expected} tokens, as its manifest says"
+                raise ArtifactError(file.uri, f"{found} tokens", allowed, "run the tokenize step again")
+            self._mapped[shard] = MappedShard(batch, lock)
+        return self._mapped[shard]
 
     def _ends(self, seq_len: int) -> NDArray[np.int64]:
         """Return the running sum of `shard_rows`."""
@@ -148,6 +250,45 @@ def _map_shard(uri: str, path: Path) -> pa.RecordBatch:
     return batch
 
 
+def _count_tokens(batch: pa.RecordBatch) -> int:
+    return len(batch.column("tokens").values)
+
+
+def _list_remote(folder_uri: str, split: Split) -> tuple[list[ShardFile], list[int]]:
+    """Return the shards of a split on an object store, by what the manifest says, and the tokens of each."""
+    manifest = open_artifact(folder_uri, [TokenShards]).manifest
+    names = [info for info in manifest.files if info.path.startswith(f"{split}/") and info.path.endswith(SHARD_SUFFIX)]
+    files = [ShardFile(uri=storage.join(folder_uri, info.path), bytes=info.bytes, sha256=info.sha256) for info in names]
+    facts: Any = manifest.facts
+    if SHARD_TOKENS in facts:
+        return files, [facts[SHARD_TOKENS][split][info.path.removeprefix(f"{split}/")] for info in names]
+    with ThreadPoolExecutor(READERS) as readers:  # made before the manifest had them
+        return files, list(readers.map(lambda file: read_num_tokens(file.uri, file.bytes), files))
+
+
+def read_num_tokens(uri: str, num_bytes: int) -> int:
+    """Return how many tokens a shard has from its two ends, without what lies between.
+
+    Arrow says at the end of a file where its record batch begins, and there how long its columns are. A file with holes
+    in place of the columns' values is enough for the reader, which maps it.
+
+    Raises:
+        ArtifactError: it is no shard.
+    """
+    system, path = storage.filesystem(uri)
+    with system.open_input_file(path) as remote, tempfile.NamedTemporaryFile() as ends:
+        for start in (0, max(num_bytes - EDGE_BYTES, 0)):
+            ends.seek(start)
+            ends.write(remote.read_at(min(EDGE_BYTES, num_bytes - start), start))
+        ends.flush()
+        return _count_tokens(_map_shard(uri, Path(ends.name)))
+
+
+def _check_any(folder: str, shards: Sequence[object]) -> None:
+    if not shards:
+        raise ArtifactError(folder, "no shards", "must hold Arrow files of token ids", "run the tokenize step")
+
+
 def _damaged(uri: str, value: str) -> ArtifactError:
     allowed = "must be one record batch of doc_id and tokens (large_list of uint16 or uint32)"
     return ArtifactError(uri, value, allowed, "restore the file or run the tokenize step again")
@@ -160,7 +301,7 @@ def check_rows(split: TokenSplit, folder_uri: str, seq_len: int) -> None:
         InputError: every shard is shorter than `seq_len + 1` tokens.
     """
     if not split.num_rows(seq_len):
-        longest = max(len(split.shard_tokens(shard)) for shard in range(split.num_shards))
+        longest = max(split.tokens_per_shard)
         raise InputError(
             folder_uri,
             f"its longest shard has {longest} tokens",

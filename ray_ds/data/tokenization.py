@@ -75,6 +75,16 @@ def tokenize_file(name: str, publish: Publish, job: TokenizeJob) -> Counts:
     }
 
 
+def count_shards(parts: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, int]]:
+    """Return the tokens of each shard, by split and name, from what `tokenize_file` returned for each file."""
+    return {
+        split: {
+            f"{name}{SHARD_SUFFIX}": part["tokens"][split] for name, part in parts.items() if part["documents"][split]
+        }
+        for split in SPLITS
+    }
+
+
 def sum_counts(parts: Iterable[Mapping[str, Any]]) -> Counts:
     """Return the sums over files."""
     total: Counts = {key: dict.fromkeys(SPLITS, 0) for key in ("documents", "tokens", "bytes")}

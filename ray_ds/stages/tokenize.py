@@ -15,8 +15,8 @@ from ray_ds import storage
 from ray_ds.artifacts import WORK, Artifact, Corpus, StageRun, Tokenizer, make_digest
 from ray_ds.config.tokenize import TokenizeSettings
 from ray_ds.data.documents import file_names, file_path
-from ray_ds.data.shards import SPLITS
-from ray_ds.data.tokenization import Counts, TokenizeJob, sum_counts, tokenize_file
+from ray_ds.data.shards import SHARD_TOKENS, SPLITS
+from ray_ds.data.tokenization import Counts, TokenizeJob, count_shards, sum_counts, tokenize_file
 from ray_ds.errors import ArtifactError, ConfigError
 from ray_ds.on_ray.preflight import check_shared
 from ray_ds.on_ray.units import Publish, WorkUnit, run_units
@@ -56,7 +56,12 @@ def tokenize(settings: TokenizeSettings, run: StageRun) -> Artifact:
     counts = sum_counts(commit.facts for commit in commits)
     check_counts(counts, corpus, settings, run.step)
     storage.write_bytes(run.path("tokenizer.json"), storage.read_bytes(job.tokenizer_uri))
-    facts = {"vocab_size": tokenizer.fact("vocab_size"), "tokenizer_digest": tokenizer.digest, **counts}
+    facts = {
+        "vocab_size": tokenizer.fact("vocab_size"),
+        "tokenizer_digest": tokenizer.digest,
+        **counts,
+        SHARD_TOKENS: count_shards({commit.unit: commit.facts for commit in commits}),
+    }
     return run.commit(facts, seconds=time.monotonic() - started)
 
 

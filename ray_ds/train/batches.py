@@ -1,5 +1,6 @@
 """The rows of a batch as a rank's micro-batches, read ahead of use."""
 
+import os
 import tempfile
 from collections import deque
 from collections.abc import Iterator
@@ -12,13 +13,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ray_ds import storage
 from ray_ds.config.train import TrainSettings
 from ray_ds.data.sampler import Sampler
+from ray_ds.data.shard_cache import ShardCache
 from ray_ds.data.shards import Split, TokenSplit
+from ray_ds.errors import ConfigError
 from ray_ds.model.loss import IGNORED_TARGET
 
 READ_AHEAD = 2
 """Micro-batches that are ready before they are asked for."""
+WINDOWS_AHEAD = 2
+"""Windows of shards that are fetched from an object store behind the one in use."""
+SHARD_CACHE_BYTES = 64 << 30
+"""What the shards of an object store may take on a node's disk."""
 
 
 class MicroBatch(NamedTuple):
@@ -31,9 +39,26 @@ class MicroBatch(NamedTuple):
     """Its number in the batch's grid, the same for any world size; None for padding, in which no target counts."""
 
 
-def open_split(shards: str, split: Split) -> TokenSplit:
-    """Open a split of token shards; those on an object store are copied to this node once."""
-    return TokenSplit.open(shards, split, Path(tempfile.gettempdir()) / "ray_ds-shards")
+def open_split(shards: str, split: Split, cache_bytes: int = SHARD_CACHE_BYTES) -> TokenSplit:
+    """Open a split of token shards; those on an object store go through a folder that all runs on this node share."""
+    if not storage.is_remote(shards):
+        return TokenSplit.open(shards, split)
+    folder = Path(tempfile.gettempdir()) / f"ray_ds-shards-{os.getuid()}"
+    return TokenSplit.open(shards, split, ShardCache(folder, cache_bytes))
+
+
+def check_cache(split: TokenSplit, settings: TrainSettings, *, field: str) -> None:
+    """Refuse a cache too small for the two windows that a step may read, the end of one and the start of the next.
+
+    Raises:
+        ConfigError: the cache may hold less than that.
+    """
+    if split.cache is None or split.cache.budget_bytes is None:
+        return
+    needed = sum(sorted(split.bytes_in_cache())[-2 * settings.window_shards :])
+    if split.cache.budget_bytes < needed:
+        allowed = f"must be at least {needed}, the size of two windows of {settings.window_shards} shards"
+        raise ConfigError(field, split.cache.budget_bytes, allowed, "raise it or lower window_shards")
 
 
 def share_of(num_micro_batches: int, *, rank: int, world_size: int) -> list[int | None]:
@@ -49,30 +74,64 @@ def share_of(num_micro_batches: int, *, rank: int, world_size: int) -> list[int 
     return [*mine, *[None] * padding]
 
 
+class Grid:
+    """A batch's rows as micro-batches: a pure function of the batch's number, so that there is no state to save."""
+
+    def __init__(self, sampler: Sampler, micro_batch: int) -> None:
+        self.sampler = sampler
+        self._micro_batch = micro_batch
+        self._batch: tuple[int, NDArray[np.int64]] | None = None
+
+    def rows(self, cursor: int, index: int | None) -> NDArray[np.int64]:
+        """Return the row indices of a micro-batch, (micro_batch,); -1 in padding, which has no index."""
+        if index is None:
+            return np.full(self._micro_batch, -1, np.int64)
+        if self._batch is None or self._batch[0] != cursor:
+            self._batch = (cursor, self.sampler.rows(cursor).reshape(-1, self._micro_batch))
+        rows: NDArray[np.int64] = self._batch[1][index]
+        return rows
+
+    def shards(self, cursor: int, index: int) -> list[int]:
+        """Return the shards of the windows that a micro-batch's rows are in."""
+        start = self.start(cursor, index)
+        return self.sampler.shards(start, start + self._micro_batch)
+
+    def start(self, cursor: int, index: int) -> int:
+        """Return where in the sampler's stream a micro-batch begins."""
+        return cursor * self.sampler.batch_rows + index * self._micro_batch
+
+
 class Batches:
     """Deals a batch's rows out as a fixed grid of micro-batches, of which a rank takes neighbours.
 
     The grid depends on the batch's number alone; more ranks only take fewer micro-batches each. Every row is full, so
     that the targets of a batch, by which its loss is normalised, are `settings.batch_tokens` for any world size:
     padding has none. A thread prepares the next micro-batches, so that training waits for rows only where they
-    cannot be read as fast as they are trained on.
+    cannot be read as fast as they are trained on; shards on an object store are fetched windows ahead.
+
+    Raises:
+        ConfigError: the node's cache of shards is too small.
     """
 
     def __init__(
         self, split: TokenSplit, settings: TrainSettings, *, rank: int, world_size: int, device: torch.device
     ) -> None:
+        check_cache(split, settings, field="shard_cache_bytes")
         self._split = split
         self._settings = settings
         self._device = device
         self._share = share_of(settings.num_micro_batches, rank=rank, world_size=world_size)
-        self._sampler = Sampler(
+        sampler = Sampler(
             split.shard_rows(settings.seq_len),
             seed=settings.seed,
             window_shards=settings.window_shards,
             batch_rows=settings.batch_rows,
         )
+        self._grid = Grid(sampler, settings.micro_batch)
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
         self._ahead: deque[tuple[tuple[int, int], Future[MicroBatch]]] = deque()
+        self._needed: list[int] = []
+        """Shards of the window or windows in use."""
 
     def of_batch(self, cursor: int) -> Iterator[MicroBatch]:
         """Yield this rank's micro-batches of a batch, on the device.
@@ -81,38 +140,59 @@ class Batches:
             cursor: number of the batch, from 0; ahead of the optimizer's steps by the batches that were passed over.
         Raises:
             ArtifactError: a shard is damaged.
+            ClusterError: the node's disk has no room for a shard.
         """
         for place in range(len(self._share)):
             yield _to_device(self._take(cursor, place), self._device)
 
+    def read_ahead(self, cursor: int) -> None:
+        """Start to prepare a batch, while there is something else to do before it is asked for."""
+        self._prepare_from(cursor, 0)
+
     def close(self) -> None:
-        """End the thread that reads ahead; nothing can be read afterwards."""
-        self._reader.shutdown(wait=False, cancel_futures=True)
+        """End the threads that read ahead; nothing can be read afterwards."""
+        self._forget()
+        self._reader.submit(self._split.release)  # where the split is used, after what it is at
+        self._reader.shutdown(wait=False)
 
     def _take(self, cursor: int, place: int) -> MicroBatch:
         """Return a micro-batch of this rank's share, and have those after it prepared."""
+        self._prepare_from(cursor, place)
+        return self._ahead.popleft()[1].result()
+
+    def _prepare_from(self, cursor: int, place: int) -> None:
+        """Have a micro-batch and those after it prepared."""
         if self._ahead and self._ahead[0][0] != (cursor, place):  # a batch is passed over, or trained on again
-            for _, future in self._ahead:
-                future.cancel()
-            self._ahead.clear()
+            self._forget()
         while len(self._ahead) <= READ_AHEAD:
             batches_on, next_place = divmod(place + len(self._ahead), len(self._share))
             key = (cursor + batches_on, next_place)
             self._ahead.append((key, self._reader.submit(self._read, *key)))
-        return self._ahead.popleft()[1].result()
+
+    def _forget(self) -> None:
+        """Drop what is prepared."""
+        for _, future in self._ahead:
+            future.cancel()
+        self._ahead.clear()
 
     def _read(self, cursor: int, place: int) -> MicroBatch:
         """Return a micro-batch in host memory, from which the device copies while it computes."""
         index = self._share[place]
-        settings = self._settings
-        if index is None:
-            indices = np.full(settings.micro_batch, -1, np.int64)
-        else:
-            indices = self._sampler.rows(cursor).reshape(-1, settings.micro_batch)[index]
-        tokens, targets = read_rows(self._split, indices, settings.seq_len)
+        if index is not None and self._split.cache is not None:
+            self._have_shards(cursor, index)
+        tokens, targets = read_rows(self._split, self._grid.rows(cursor, index), self._settings.seq_len)
         if self._device.type == "cuda":
             tokens, targets = tokens.pin_memory(), targets.pin_memory()
         return MicroBatch(tokens, targets, index)
+
+    def _have_shards(self, cursor: int, index: int) -> None:
+        """Have the node's cache keep what a micro-batch needs, let go what is done with, and fetch what comes next."""
+        needed = self._grid.shards(cursor, index)
+        if needed != self._needed:
+            self._needed = needed
+            self._split.keep_mapped(needed)
+            order = self._grid.sampler.shards_by_next_use(self._grid.start(cursor, index))
+            self._split.read_ahead(order, (1 + WINDOWS_AHEAD) * self._settings.window_shards)
 
 
 def validation_batches(
@@ -120,17 +200,22 @@ def validation_batches(
 ) -> Iterator[MicroBatch]:
     """Yield a rank's part of a fixed grid of evenly spaced rows, filled up with rows without targets.
 
-    All ranks get as many micro-batches.
+    All ranks get as many micro-batches. In the end the split's shards are released.
     """
     assert settings.validation_tokens is not None, "settings fill it in where there is validation"
     num_rows = min(split.num_rows(settings.seq_len), -(-settings.validation_tokens // settings.seq_len))
     indices = np.linspace(0, split.num_rows(settings.seq_len) - 1, num_rows).astype(np.int64)
     padding = np.full(-num_rows % settings.micro_batch, -1, np.int64)
     grid = np.concatenate([indices, padding]).reshape(-1, settings.micro_batch)
-    nothing = np.full(settings.micro_batch, -1, np.int64)
-    for index in share_of(len(grid), rank=rank, world_size=world_size):
-        tokens, targets = read_rows(split, nothing if index is None else grid[index], settings.seq_len)
-        yield _to_device(MicroBatch(tokens, targets, index), device)
+    share = share_of(len(grid), rank=rank, world_size=world_size)
+    chosen = [grid[index] if index is not None else np.full(settings.micro_batch, -1, np.int64) for index in share]
+    shards = [split.shards_of(rows[rows >= 0], settings.seq_len) for rows in chosen]
+    order = list(dict.fromkeys(shard for of_one in shards for shard in of_one))
+    split.read_ahead(order, len(order))
+    for index, rows, needed in zip(share, chosen, shards, strict=True):
+        split.keep_mapped(needed)
+        yield _to_device(MicroBatch(*read_rows(split, rows, settings.seq_len), index), device)
+    split.release()
 
 
 def read_rows(split: TokenSplit, indices: NDArray[np.int64], seq_len: int) -> tuple[Tensor, Tensor]:

@@ -69,6 +69,37 @@ def test_rows_of_a_window_come_together(window_shards: int) -> None:
     assert max(open_shards) <= window_shards
 
 
+@pytest.mark.parametrize("case", range(60))
+def test_shards_at_hand_are_those_of_the_rows(case: int) -> None:
+    """Of any part of the stream, over ends of windows and epochs, all rows lie in the shards that are asked for."""
+    shard_rows, window_shards, batch_rows = sizes(case)
+    sampler = Sampler(shard_rows, seed=case, window_shards=window_shards, batch_rows=batch_rows)
+    owner = np.repeat(np.arange(len(shard_rows)), shard_rows)
+    rows = owner[stream(sampler, 3 * sum(shard_rows))]
+    rng = random.Random(case)
+    for _ in range(20):
+        start = rng.randrange(len(rows))
+        stop = rng.randint(start + 1, len(rows))
+        needed = sampler.shards(start, stop)
+        assert set(rows[start:stop]) <= set(needed) and all(shard_rows[shard] for shard in needed)
+        assert len(set(needed)) == len(needed)
+        one = sampler.shards(start, start + 1)
+        assert one == needed[: len(one)] and len(one) <= window_shards
+
+
+@pytest.mark.parametrize("case", range(60))
+def test_shards_by_next_use_are_in_the_order_of_their_windows(case: int) -> None:
+    shard_rows, window_shards, batch_rows = sizes(case)
+    sampler = Sampler(shard_rows, seed=case, window_shards=window_shards, batch_rows=batch_rows)
+    total = sum(shard_rows)
+    start = random.Random(case).randrange(2 * total)
+    order = sampler.shards_by_next_use(start)
+    assert sorted(order) == [shard for shard, rows in enumerate(shard_rows) if rows]
+    uses = [set(sampler.shards(position, position + 1)) for position in range(start, start + 2 * total)]
+    firsts = [next(i for i, shards in enumerate(uses) if shard in shards) for shard in order]
+    assert firsts == sorted(firsts)
+
+
 def test_epochs_and_seeds_differ_and_rows_are_mixed() -> None:
     arguments = {"window_shards": 4, "batch_rows": 400}
     first = Sampler([100] * 4, seed=0, **arguments)

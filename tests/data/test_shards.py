@@ -1,14 +1,20 @@
-"""Shards hold documents exactly, and rows of any length cover every target once."""
+"""Shards hold documents exactly, rows of any length cover every target once, and those of an object store come late."""
 
 import gc
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
-from ray_ds.data.shards import TokenSplit, check_rows, token_dtype, write_shard
+from ray_ds.artifacts import find_artifact
+from ray_ds.data.shard_cache import ShardCache
+from ray_ds.data.shards import TokenSplit, check_rows, read_num_tokens, token_dtype, write_shard
 from ray_ds.errors import ArtifactError, InputError
+from tests.data.fake_store import FakeStore, installed_store, put_shards
+
+COUNTS = [500, 90_000, 1, 33_000]
 
 
 def random_documents(seed: int, count: int, vocab_size: int = 4096) -> list[np.ndarray]:
@@ -96,3 +102,85 @@ def test_missing_and_damaged_shards_are_refused(tmp_path: Path) -> None:
         writer.write_table(pa.table({"x": pa.array([1], pa.int8())}))
     with pytest.raises(ArtifactError, match=r"\(columns x\)"):
         TokenSplit.open(str(tmp_path), "train")
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[FakeStore]:
+    with installed_store(tmp_path) as store:
+        yield store
+
+
+@pytest.mark.parametrize("has_counts", [True, False])
+def test_remote_shards_are_counted_without_a_fetch(tmp_path: Path, store: FakeStore, has_counts: bool) -> None:
+    uri = put_shards(store, num_shards=4, tokens=COUNTS, has_counts=has_counts)
+    split = TokenSplit.open(uri, "train", tmp_path / "cache")
+    assert split.tokens_per_shard == tuple(COUNTS) and split.num_tokens == sum(COUNTS)
+    assert split.shard_rows(100) == [4, 899, 0, 329] and split.num_rows(100) == 1232
+    check_rows(split, uri, 100)
+    assert store.fetched() == []
+
+
+def test_remote_shards_are_those_written_and_fetched_when_used(tmp_path: Path, store: FakeStore) -> None:
+    uri = put_shards(store, num_shards=4, tokens=COUNTS)
+    local = TokenSplit.open(str(store.path(uri)), "train")
+    split = TokenSplit.open(uri, "train", tmp_path / "cache")
+    for index in (0, 3, 4, 1231):
+        assert split.row(index, 100).tolist() == local.row(index, 100).tolist()
+    assert [name.rpartition("/")[2] for name in store.fetched()] == ["00000.arrow", "00001.arrow", "00003.arrow"]
+    assert not split.shard_tokens(0).flags.owndata and not split.shard_tokens(0).flags.writeable
+    assert split.shards_of(np.array([1231, 3, 4]), 100) == [0, 1, 3]
+    assert list(split.doc_ids()) == list(local.doc_ids()) and split.num_documents == local.num_documents == 4
+    assert [ids.tolist() for ids in split.documents()] == [ids.tolist() for ids in local.documents()]
+    assert len(store.fetched()) == 4
+
+
+def test_a_remote_shard_in_use_is_not_evicted_until_it_is_let_go(tmp_path: Path, store: FakeStore) -> None:
+    uri = put_shards(store, num_shards=3, tokens=1000)
+    cache = ShardCache(tmp_path / "cache", 1)  # room for nothing that is not in use
+    split = TokenSplit.open(uri, "train", cache)
+
+    def num_cached() -> int:
+        return len(list(cache.folder.glob("*.arrow")))
+
+    kept = [split.shard_tokens(shard).copy() for shard in (0, 1)]
+    assert num_cached() == 2
+    split.keep_mapped([1])
+    split.shard_tokens(2)
+    assert num_cached() == 2 and len(store.fetched()) == 3
+    split.keep_mapped(())
+    assert [split.shard_tokens(shard).tolist() for shard in (0, 1)] == [tokens.tolist() for tokens in kept]
+    split.release()
+    split.shard_tokens(2)
+    assert num_cached() == 1
+
+
+def test_remote_shards_need_a_manifest_that_is_right(tmp_path: Path, store: FakeStore) -> None:
+    uri = put_shards(store, num_shards=2, tokens=1000)
+    with pytest.raises(ArtifactError, match=r"validation \(no shards\) must hold Arrow files"):
+        TokenSplit.open(uri, "validation", tmp_path / "cache")
+    manifest = store.path(uri) / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"00001.arrow": 1000', '"00001.arrow": 999'))
+    split = TokenSplit.open(uri, "train", tmp_path / "cache")
+    split.shard_tokens(0)
+    with pytest.raises(ArtifactError, match=r"\(1000 tokens\) must have 999 tokens, as its manifest says; run the tok"):
+        split.shard_tokens(1)
+    manifest.unlink()
+    with pytest.raises(ArtifactError, match=r"\(no manifest\) must be a finished TokenShards"):
+        TokenSplit.open(uri, "train", tmp_path / "cache")
+
+
+def test_counting_a_shard_reads_its_ends_only(tmp_path: Path, store: FakeStore) -> None:
+    """Between the ends lies nothing that matters."""
+    uri = put_shards(store, num_shards=1, tokens=[300_000])
+    artifact = find_artifact(uri)
+    assert artifact is not None
+    (info,) = artifact.manifest.files
+    path = store.path(uri) / info.path
+    data = bytearray(path.read_bytes())
+    assert len(data) == info.bytes > 590_000
+    data[1 << 16 : -(1 << 16)] = bytes(len(data) - (2 << 16))
+    path.write_bytes(data)
+    assert read_num_tokens(f"{uri}/{info.path}", info.bytes) == 300_000
+    path.write_bytes(data[:-100] + b"x" * 100)
+    with pytest.raises(ArtifactError, match="must be one record batch of doc_id and tokens"):
+        read_num_tokens(f"{uri}/{info.path}", info.bytes)

@@ -9,7 +9,7 @@ from ray_ds import storage
 from ray_ds.artifacts import Corpus
 from ray_ds.data.documents import file_names, group_of
 from ray_ds.data.shards import SPLITS, TokenSplit
-from ray_ds.data.tokenization import Counts, TokenizeJob, split_of, sum_counts, tokenize_file
+from ray_ds.data.tokenization import Counts, TokenizeJob, count_shards, split_of, sum_counts, tokenize_file
 from ray_ds.errors import ConfigError
 from ray_ds.tokenizer import BpeTokenizer, train_bpe
 from tests.data.raw_files import jsonl, read_bytes
@@ -58,7 +58,8 @@ def test_every_document_is_bos_and_its_tokens_in_one_split(
     def publish(path: str, data: bytes) -> None:
         storage.write_bytes(f"{tmp_path}/out/{path}", data)
 
-    counts = sum_counts(tokenize_file(name, publish, job) for name in file_names(corpus))
+    parts = {name: tokenize_file(name, publish, job) for name in file_names(corpus)}
+    counts, of_shards = sum_counts(parts.values()), count_shards(parts)
     found: dict[str, str] = {}
     for name in SPLITS:
         split = TokenSplit.open(f"{tmp_path}/out", name)
@@ -68,6 +69,8 @@ def test_every_document_is_bos_and_its_tokens_in_one_split(
             found[doc_id] = tokenizer.decode(tokens.tolist())
         assert counts["documents"][name] == split.num_documents
         assert counts["tokens"][name] == split.num_tokens
+        shards = sorted(path.name for path in (tmp_path / "out" / name).iterdir())
+        assert dict(zip(shards, split.tokens_per_shard, strict=True)) == of_shards[name]
     assert found == TEXTS
     assert sum(counts["bytes"].values()) == corpus.fact("bytes")
 

@@ -51,6 +51,7 @@ def test_same_bytes_for_any_number_of_workers_and_no_work_twice(tmp_path: Path, 
     for name in SPLITS:
         split = TokenSplit.open(both.uri, name)
         found |= {i: bpe.decode(t.tolist()) for i, t in zip(split.doc_ids(), split.documents(), strict=True)}
+        assert tuple(both.fact("shard_tokens", name).values()) == split.tokens_per_shard
         assert both.fact("tokens", name) == split.num_tokens and both.fact("documents", name) == split.num_documents
     assert found == TEXTS
 
