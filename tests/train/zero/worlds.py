@@ -12,7 +12,9 @@ import torch.multiprocessing as multiprocessing
 from torch import Tensor
 
 from ray_ds.config.train import TrainSettings
+from ray_ds.model.balance import expert_load, reset_expert_load
 from ray_ds.model.decoder import Decoder
+from ray_ds.model.experts import Gate
 from ray_ds.model.initial import init_weights
 from ray_ds.model.loss import IGNORED_TARGET
 from ray_ds.train.state import EngineState, Kind
@@ -71,9 +73,13 @@ def _enter(rank: int, world_size: int, function: Callable[..., None], folder: Pa
 
 
 def new_decoder(settings: TrainSettings, seed: int) -> Decoder:
-    """Return a decoder with its first weights."""
+    """Return a decoder with its first weights, and biases of its routers that differ from zero and by the seed."""
     decoder = Decoder(settings.model.resolve(VOCAB_SIZE, settings.seq_len))
     init_weights(decoder, seed)
+    generator = torch.Generator().manual_seed(seed)
+    for module in decoder.modules():
+        if isinstance(module, Gate):
+            module.e_score_correction_bias.normal_(0, 0.01, generator=generator)
     return decoder
 
 
@@ -87,6 +93,12 @@ def new_engine(settings: TrainSettings, seed: int, world_size: int) -> Any:
 def grid(step: int) -> Tensor:
     """Return a step's 4 micro-batches of 4 rows."""
     return torch.randint(VOCAB_SIZE, (4, 4, 17), generator=torch.Generator().manual_seed(step))
+
+
+def counting_grid(step: int) -> Tensor:
+    """Return a step's 4 micro-batches of 4 rows that count upwards: easily learnt."""
+    starts = torch.randint(VOCAB_SIZE - 3, (4, 4, 1), generator=torch.Generator().manual_seed(step))
+    return (starts + torch.arange(17)) % (VOCAB_SIZE - 3) + 3
 
 
 def run_step(engine: Any, rows: Tensor, rank: int, world_size: int) -> tuple[float, float]:
@@ -106,6 +118,15 @@ def forward_backward(engine: Any, rows: Tensor, rank: int, world_size: int) -> T
         tokens = torch.zeros_like(rows[0, :, 1:])
         total += engine.forward_backward(tokens, torch.full_like(tokens, IGNORED_TARGET), counts=False)
     return total
+
+
+def take_expert_load(engine: Any) -> list[int]:
+    """Return how many choices each MoE layer's experts had together, on all processes, and start anew."""
+    load = expert_load(engine.decoder).clone()
+    dist.all_reduce(load)
+    reset_expert_load(engine.decoder)
+    counts: list[int] = load.sum(dim=-1).tolist()
+    return counts
 
 
 def run_steps(engine: Any, steps: Iterable[int], rank: int, world_size: int) -> list[tuple[float, float]]:
