@@ -10,7 +10,7 @@ still writes, is never mixed with anything. Each `.json` is `{"sha256":"...","co
 sha256 is that of the bytes of `content`. COMMITTED.json has as content the step, the attempt, `world_size`, `facts`
 (optimizer steps, the loss scaler), `extra` (what the loop adds: cursor, seed), `validation_loss` or null, and `files`:
 path below `step-...`, bytes and sha256 of every other file. rank-*.json has the rank's own files, the file of each of
-its tensors, and `index`, which `train.packing` describes: name, kind, shape and range of each run of elements, and the
+its tensors, and `index`, which `train.catalog` describes: name, kind, shape and range of each run of elements, and the
 tensor and place it lies at.
 
 A folder without COMMITTED.json is torn and does not count, unless all ranks' parts are whole in it: then only the last
@@ -18,16 +18,8 @@ file is missing, and `find_latest` writes it. One whose files do not match is da
 `Commit.passed_over` says so.
 """
 
-from ray_ds.train.checkpoints.folders import (
-    COMMITTED,
-    METRICS,
-    Commit,
-    checkpoint_uri,
-    delete,
-    delete_newer,
-    find_latest,
-    latest_step,
-)
+from ray_ds.train.checkpoints.commit import COMMITTED, METRICS, Commit, checkpoint_uri
+from ray_ds.train.checkpoints.folders import delete, delete_newer, find_latest, latest_step
 from ray_ds.train.checkpoints.reader import CheckpointReader
 from ray_ds.train.checkpoints.writer import CheckpointWriter
 

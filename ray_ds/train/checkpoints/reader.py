@@ -12,10 +12,10 @@ from torch import Tensor
 from ray_ds import storage
 from ray_ds.artifacts import FileInfo
 from ray_ds.errors import ArtifactError
-from ray_ds.train.checkpoints import folders
-from ray_ds.train.checkpoints.folders import Commit, DamageError, RankPart
+from ray_ds.train.catalog import Catalog, Fetch, Run, decode_index
+from ray_ds.train.checkpoints import commit as commits
+from ray_ds.train.checkpoints.commit import Commit, DamageError, RankPart
 from ray_ds.train.checkpoints.tensor_file import TensorFile
-from ray_ds.train.packing import Catalog, Fetch, Run, decode_index
 from ray_ds.train.state import Kind
 
 ACTION = "restore it, or delete the checkpoint's folder to go on from the one before"
@@ -36,7 +36,7 @@ class CheckpointReader:
         Raises:
             ArtifactError: the checkpoint is no longer as it was written, or the storage does not answer.
         """
-        self._uri = folders.checkpoint_uri(root, commit.step)
+        self._uri = commits.checkpoint_uri(root, commit.step)
         self._commit = commit
         self._infos = {info.path: info for info in commit.files}
         self._files: dict[str, TensorFile] = {}
@@ -45,7 +45,7 @@ class CheckpointReader:
         self._own: list[Mapping[str, JsonValue]] = []
         for rank in range(commit.world_size):
             part = self._read_part(rank)
-            index = decode_index(part.index, storage.join(self._uri, folders.rank_json(commit.attempt, rank)))
+            index = decode_index(part.index, storage.join(self._uri, commits.rank_json(commit.attempt, rank)))
             self._own.append(index.own)
             self._catalog.add(index, self._fetch_from(part))
 
@@ -87,12 +87,12 @@ class CheckpointReader:
         Raises:
             ArtifactError: the file is damaged.
         """
-        path = f"{self._commit.attempt}/{folders.METRICS}"
+        path = f"{self._commit.attempt}/{commits.METRICS}"
         try:
             data = storage.read_bytes(storage.join(self._uri, path))
         except OSError as error:
             raise self._damaged(path, str(error)) from error
-        if folders.hash_bytes(data) != self._info(path).sha256:
+        if commits.hash_bytes(data) != self._info(path).sha256:
             raise self._damaged(path, "its sha256 differs")
         return data.decode()
 
@@ -109,23 +109,23 @@ class CheckpointReader:
         return self._catalog.read(name, kind, start, stop)
 
     def _read_part(self, rank: int) -> RankPart:
-        path = folders.rank_json(self._commit.attempt, rank)
+        path = commits.rank_json(self._commit.attempt, rank)
         try:
-            return folders.read_part(self._uri, path, sha256=self._info(path).sha256)[0]
+            return commits.read_part(self._uri, path, sha256=self._info(path).sha256)[0]
         except (DamageError, OSError) as error:
             raise self._damaged(path, str(error)) from error
 
     def _info(self, path: str) -> FileInfo:
         info = self._infos.get(path)
         if info is None:
-            raise self._damaged(path, f"{folders.COMMITTED} does not name it")
+            raise self._damaged(path, f"{commits.COMMITTED} does not name it")
         return info
 
     def _fetch_from(self, part: RankPart) -> Fetch:
         def fetch(run: Run, first: int, target: Tensor) -> None:
             path = part.tensors.get(run.tensor)
             if path is None:
-                raise self._damaged(folders.rank_json(part.attempt, part.rank), f"it names no file for {run.tensor}")
+                raise self._damaged(commits.rank_json(part.attempt, part.rank), f"it names no file for {run.tensor}")
             try:
                 self._open(path).read_into(run.tensor, run.offset + first, target)
             except OSError as error:

@@ -67,7 +67,8 @@ def _blocks(tensors: Mapping[str, Tensor]) -> Iterator[memoryview]:
 
 def _bytes_of(tensor: Tensor) -> memoryview:
     """Return a tensor's memory."""
-    return memoryview(tensor.view(torch.uint8).numpy())
+    data: memoryview = tensor.view(torch.uint8).numpy().data
+    return data
 
 
 @contextlib.contextmanager

@@ -15,7 +15,19 @@ from ray_ds.artifacts import FileInfo
 from ray_ds.errors import RayDsError
 from ray_ds.logs import log_event
 from ray_ds.train.checkpoints import folders
-from ray_ds.train.checkpoints.folders import DamageError, RankPart
+from ray_ds.train.checkpoints.commit import (
+    COMMITTED,
+    METRICS,
+    DamageError,
+    RankPart,
+    assemble,
+    checkpoint_uri,
+    hash_bytes,
+    rank_json,
+    read_commit,
+    read_part,
+    seal,
+)
 from ray_ds.train.checkpoints.tensor_file import write_tensors
 from ray_ds.train.host import Part
 
@@ -61,7 +73,7 @@ class Writing:
     @property
     def uri(self) -> str:
         """The checkpoint's folder."""
-        return folders.checkpoint_uri(self.root, self.part.step)
+        return checkpoint_uri(self.root, self.part.step)
 
     def run(self) -> None:
         """Write the rank's files; return when the checkpoint counts.
@@ -112,7 +124,8 @@ class Writing:
     def _divide(self) -> Iterator[tuple[str, Mapping[str, Tensor]]]:
         """Yield the rank's files and the tensors that go into each."""
         groups: list[dict[str, Tensor]] = []
-        for name, tensor in self.part.tensors.items():
+        # Large elements first, so that all lie at multiples of their size.
+        for name, tensor in sorted(self.part.tensors.items(), key=lambda item: -item[1].itemsize):
             if not groups or sum(other.nbytes for other in groups[-1].values()) + tensor.nbytes > FILE_BYTES:
                 groups.append({})
             groups[-1][name] = tensor
@@ -121,11 +134,11 @@ class Writing:
             yield f"{self.attempt}/rank-{self.part.rank:05d}{end}.safetensors", group
 
     def _write_metrics(self) -> FileInfo:
-        path = f"{self.attempt}/{folders.METRICS}"
+        path = f"{self.attempt}/{METRICS}"
         self._paths.append(path)
         data = self.metrics.encode()
         storage.write_bytes(storage.join(self.uri, path), data)
-        return FileInfo(path=path, bytes=len(data), sha256=folders.hash_bytes(data))
+        return FileInfo(path=path, bytes=len(data), sha256=hash_bytes(data))
 
     def _publish(self, said: RankPart) -> None:
         """Write the rank's JSON file; from then on rank 0 counts on its files."""
@@ -135,11 +148,11 @@ class Writing:
             (folder / self.attempt).mkdir(parents=True, exist_ok=True)
             for parent in (folder / self.attempt, folder, folder.parent):
                 _sync_folder(parent)
-        path = folders.rank_json(self.attempt, self.part.rank)
+        path = rank_json(self.attempt, self.part.rank)
         self._paths.append(path)
         # Before it is written: a write that seems to fail may have come through.
         self._is_published = True
-        storage.write_bytes(storage.join(self.uri, path), folders.seal(said))
+        storage.write_bytes(storage.join(self.uri, path), seal(said))
 
     def _looks(self, started: float, timeout_s: float) -> Iterator[None]:
         """Yield until time is up, with growing pauses, and then give up."""
@@ -163,12 +176,12 @@ class Writing:
             self.waits_for = "the parts of ranks " + ", ".join(map(str, missing))
             if not missing:
                 break
-        self.waits_for = folders.COMMITTED
+        self.waits_for = COMMITTED
         try:
-            commit = folders.assemble(list(found.values()))
+            commit = assemble(list(found.values()))
         except DamageError as error:
             raise GivenUpError(str(error)) from error
-        self._write_commit(folders.seal(commit))
+        self._write_commit(seal(commit))
         seconds = time.monotonic() - started
         log_event("checkpoint", step=commit.step, bytes=sum(info.bytes for info in commit.files), seconds=seconds)
         self._tidy()
@@ -184,16 +197,16 @@ class Writing:
         for rank in range(self.part.world_size):
             if _failed_file(rank) in listed:
                 raise GivenUpError(f"rank {rank}: {self._read_reason(rank)}")
-            path = folders.rank_json(self.attempt, rank)
+            path = rank_json(self.attempt, rank)
             if rank not in found and path.split("/")[1] in listed:
                 try:
-                    found[rank] = folders.read_part(self.uri, path)
+                    found[rank] = read_part(self.uri, path)
                 except DamageError as error:
                     raise GivenUpError(str(error)) from error
 
     def _write_commit(self, data: bytes) -> None:
         try:
-            storage.write_bytes(storage.join(self.uri, folders.COMMITTED), data)
+            storage.write_bytes(storage.join(self.uri, COMMITTED), data)
         except FAILURES:
             # The last file may be there all the same; then the checkpoint counts, and its files must stay.
             self._is_doubtful = True
@@ -204,7 +217,7 @@ class Writing:
 
     def _is_committed(self) -> bool:
         try:
-            commit = folders.read_commit(self.root, self.part.step)
+            commit = read_commit(self.root, self.part.step)
         except DamageError:
             return False
         return commit is not None and commit.attempt == self.attempt
@@ -215,7 +228,7 @@ class Writing:
         Raises:
             GivenUpError: it will not.
         """
-        self.waits_for = f"{folders.COMMITTED} of rank 0"
+        self.waits_for = f"{COMMITTED} of rank 0"
         folder = storage.join(self.uri, self.attempt)
         for _ in self._looks(started, self.timeout_s * PATIENCE):
             with contextlib.suppress(OSError):
@@ -224,7 +237,7 @@ class Writing:
                 if storage.exists(storage.join(folder, _failed_file(0))):
                     self._is_given_up = True
                     raise GivenUpError(self._read_reason(0))
-                if not storage.exists(storage.join(self.uri, folders.rank_json(self.attempt, self.part.rank))):
+                if not storage.exists(storage.join(self.uri, rank_json(self.attempt, self.part.rank))):
                     self._is_given_up = not self._is_committed()
                     if self._is_given_up:
                         raise GivenUpError("rank 0 gave it up")
