@@ -16,13 +16,13 @@ State = dict[tuple[str, Kind], Tensor]
 SHAPES = {"embedding.weight": (13, 4), "layers.0.w": (6, 5), "layers.1.w": (7,), "norm": (3,)}
 
 
-def make_state(seed: int, *, scale: int = 1) -> State:
+def make_state(seed: int) -> State:
     """Return all tensors of a state; other seeds give other values everywhere."""
     generator = torch.Generator().manual_seed(seed)
     state: State = {}
     for name, shape in SHAPES.items():
         for kind in ("master", "exp_avg", "exp_avg_sq"):
-            state[name, kind] = torch.randn((shape[0] * scale, *shape[1:]), generator=generator)
+            state[name, kind] = torch.randn(shape, generator=generator)
     state["layers.1.w", "momentum"] = torch.randn(7, generator=generator).to(torch.bfloat16)
     state["layers.0.bias", "buffer"] = torch.randn(5, generator=generator, dtype=torch.float64)
     state["layers.0.load", "buffer"] = torch.randint(0, 1000, (5,), generator=generator)
@@ -50,9 +50,9 @@ def cut(state: State, world_size: int, *, seed: int) -> list[list[Piece]]:
     return pieces
 
 
-def make_parts(step: int, world_size: int, *, seed: int | None = None, scale: int = 1) -> list[Part]:
+def make_parts(step: int, world_size: int, *, seed: int | None = None) -> list[Part]:
     """Return all ranks' parts of the state that belongs to a step."""
-    state = make_state(step if seed is None else seed, scale=scale)
+    state = make_state(step if seed is None else seed)
     return [
         pack(
             EngineState(pieces=pieces, facts=facts_of(step)),
@@ -66,9 +66,9 @@ def make_parts(step: int, world_size: int, *, seed: int | None = None, scale: in
     ]
 
 
-def assert_holds(reader: StateReader, step: int, *, seed: int | None = None, scale: int = 1) -> None:
+def assert_holds(reader: StateReader, step: int, *, seed: int | None = None) -> None:
     """Read a state for another number of ranks and compare every bit with the one that belongs to a step."""
-    expected = make_state(step if seed is None else seed, scale=scale)
+    expected = make_state(step if seed is None else seed)
     assert reader.facts == facts_of(step)
     for pieces in cut(expected, 1 + step % 5, seed=step + 1):
         for piece in pieces:
