@@ -15,7 +15,7 @@ from tests.train.states import assert_holds, extra_of, facts_of, make_parts
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 5])
-@pytest.mark.parametrize("step", range(6))
+@pytest.mark.parametrize("step", range(20))
 def test_parts_of_any_number_of_ranks_are_read_by_any_other(step: int, world_size: int) -> None:
     state = PackedState(make_parts(step, world_size))
     assert_holds(state, step)
