@@ -111,7 +111,7 @@ class PackedState:
         indexes = [decode_index(part.index, f"{place}, part of rank {part.rank}") for part in parts]
         for part, index in zip(parts, indexes, strict=True):
             if (index.facts, index.extra) != (indexes[0].facts, indexes[0].extra):
-                value = f"facts of ranks {first.rank} and {part.rank} differ"
+                value = f"facts or extra of ranks {first.rank} and {part.rank} differ"
                 raise ArtifactError(place, value, "must be parts of one state", "go on from a checkpoint instead")
         self._own = {part.rank: index.own for part, index in zip(parts, indexes, strict=True)}
         self._index = indexes[0]

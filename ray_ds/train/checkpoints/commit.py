@@ -92,6 +92,8 @@ def seal(content: Commit | RankPart) -> bytes:
 
 
 def _unseal(data: bytes, adapter: "pydantic.TypeAdapter[_Decoded]", path: str) -> _Decoded:
+    if not data.startswith(_HEAD[: _HEAD.index(b"%")]):
+        raise DamageError(f"{path}: it is damaged or of another format")
     size = len(_HEAD % (b"0" * 64))
     body = data[size : -len(_TAIL)]
     if data != _HEAD % hash_bytes(body).encode() + body + _TAIL:

@@ -35,8 +35,9 @@ FILE_BYTES = 2 << 30
 """A file that has reached it gets no further tensor."""
 FIRST_LOOK_S, LAST_LOOK_S = 0.01, 1.0
 """Time between looks for other ranks' files, which grows from the first to the last."""
-PATIENCE = 1.25
+PATIENCE_S = 30.0
 """How much longer than rank 0 the others wait, so that rank 0's word comes first."""
+FAILED = ".failed"
 FAILURES = (OSError, RayDsError)
 """What storage raises when it is full, refuses or does not answer."""
 
@@ -150,9 +151,14 @@ class Writing:
                 _sync_folder(parent)
         path = rank_json(self.attempt, self.part.rank)
         self._paths.append(path)
-        # Before it is written: a write that seems to fail may have come through.
+        uri = storage.join(self.uri, path)
         self._is_published = True
-        storage.write_bytes(storage.join(self.uri, path), seal(said))
+        try:
+            storage.write_bytes(uri, seal(said))
+        except FAILURES:
+            # A write that seems to fail may have come through; unless storage denies it, rank 0 may count on it.
+            self._is_published = storage.exists(uri)
+            raise
 
     def _looks(self, started: float, timeout_s: float) -> Iterator[None]:
         """Yield until time is up, with growing pauses, and then give up."""
@@ -230,18 +236,15 @@ class Writing:
         """
         self.waits_for = f"{COMMITTED} of rank 0"
         folder = storage.join(self.uri, self.attempt)
-        for _ in self._looks(started, self.timeout_s * PATIENCE):
+        for _ in self._looks(started, self.timeout_s + PATIENCE_S):
             with contextlib.suppress(OSError):
                 if self._is_committed():
                     return
-                if storage.exists(storage.join(folder, _failed_file(0))):
-                    self._is_given_up = True
-                    raise GivenUpError(self._read_reason(0))
-                if not storage.exists(storage.join(self.uri, rank_json(self.attempt, self.part.rank))):
-                    self._is_given_up = not self._is_committed()
-                    if self._is_given_up:
-                        raise GivenUpError("rank 0 gave it up")
-                    return
+                is_failed = storage.exists(storage.join(folder, _failed_file(0)))
+                if not is_failed and storage.exists(storage.join(self.uri, rank_json(self.attempt, self.part.rank))):
+                    continue
+                self._is_given_up = is_failed
+                raise GivenUpError(self._read_reason(0) if is_failed else "rank 0 gave it up")
 
     def _read_reason(self, rank: int) -> str:
         return storage.read_bytes(storage.join(self.uri, self.attempt, _failed_file(rank))).decode()
@@ -263,22 +266,33 @@ class Writing:
         """Free the space of a checkpoint that will not be finished, and tell the other ranks."""
         if self._is_doubtful:
             return
-        rank, folder = self.part.rank, storage.join(self.uri, self.attempt)
+        is_marked = self._is_given_up or self._mark(reason)
         # Whoever has published must leave its files until rank 0 has given up: they may belong to a checkpoint.
         with contextlib.suppress(*FAILURES):
-            if rank == 0:
-                storage.delete_folder(folder)
+            if self.part.rank == 0:
+                for entry in storage.list_files(storage.join(self.uri, self.attempt)):
+                    if not entry.path.endswith(FAILED):
+                        folders.delete_file(storage.join(self.uri, self.attempt, entry.path))
             elif self._is_given_up or not self._is_published:
                 for path in self._paths:
                     folders.delete_file(storage.join(self.uri, path))
-        if rank == 0 or not self._is_given_up:
-            with contextlib.suppress(*FAILURES):
-                storage.write_bytes(storage.join(folder, _failed_file(rank)), reason.encode())
+        if not is_marked:
+            # On a full disk there is room now.
+            self._mark(reason)
+
+    def _mark(self, reason: str) -> bool:
+        """Tell the other ranks that the checkpoint failed, if storage lets it."""
+        try:
+            uri = storage.join(self.uri, self.attempt, _failed_file(self.part.rank))
+            storage.write_bytes(uri, reason.encode())
+        except FAILURES:
+            return False
+        return True
 
 
 def _failed_file(rank: int) -> str:
     """Return the name of the file by which a rank says that a checkpoint failed, and why."""
-    return f"rank-{rank:05d}.failed"
+    return f"rank-{rank:05d}{FAILED}"
 
 
 def _sync_folder(folder: Path) -> None:
