@@ -120,10 +120,12 @@ def read_wandb(file: Path) -> list[Any]:
 def wait_for_wandb(file: Path) -> list[Any]:
     """Return the records once the last one is there: W&B's own process writes them, and is not waited for."""
     deadline = time.monotonic() + 30.0
-    while not any(record.HasField("exit") for record in (records := read_wandb(file))):
-        assert time.monotonic() < deadline, "the run was never finished"
+    while time.monotonic() < deadline:
+        records = read_wandb(file)
+        if any(record.HasField("exit") for record in records):
+            return records
         time.sleep(0.05)
-    return records
+    raise AssertionError("the run was never finished")
 
 
 @pytest.fixture
