@@ -9,7 +9,14 @@ from typing import Any, NoReturn
 
 from ray_ds import __version__
 from ray_ds.config.paths import absolute_path
-from ray_ds.errors import USER_ERROR_EXIT_CODE, ConfigError, RayDsError, UserError
+from ray_ds.errors import (
+    RETRYABLE_EXIT_CODE,
+    USER_ERROR_EXIT_CODE,
+    ConfigError,
+    RayDsError,
+    RetryableError,
+    UserError,
+)
 from ray_ds.logs import log_event, setup_logging
 from ray_ds.recipe import Recipe, Step, load_recipe
 from ray_ds.stage_table import STAGES, load_object
@@ -24,7 +31,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run `ray-ds` and exit: 0 done, 1 failed, 2 a user's mistake."""
+    """Run `ray-ds` and exit: 0 done, 1 failed, 2 a user's mistake, 75 broken off: submit again to go on."""
     sys.exit(_guard(lambda: _dispatch(sys.argv[1:] if arguments is None else arguments)))
 
 
@@ -57,6 +64,9 @@ def _guard(action: Callable[[], int]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return USER_ERROR_EXIT_CODE
+    except RetryableError as error:
+        print(f"broken off: {error}", file=sys.stderr, flush=True)
+        return RETRYABLE_EXIT_CODE
     except RayDsError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
@@ -78,6 +88,9 @@ def argument_parser() -> argparse.ArgumentParser:
         one = commands.add_parser(stage.name, help=f"run the stage here: {stage.writes} ({stage.resources})")
         one.add_argument("--step", help="which step, where several run this stage")
         _add_recipe(one)
+    for command in (run, submit):
+        text = "times a job that broke off (exit status 75) is submitted again (default %(default)s)"
+        command.add_argument("--retries", type=_count, default=0, metavar="N", help=text)
     for command in (run, submit, status, show):
         _add_recipe(command)
     trace = commands.add_parser("trace", help="show what an artefact was made from")
@@ -93,6 +106,14 @@ def argument_parser() -> argparse.ArgumentParser:
     sample = commands.add_parser("sample-text", help="write real text from installed packages as jsonl.gz")
     sample.add_argument("folder")
     return parser
+
+
+def _count(text: str) -> int:
+    """Return a whole number that is not negative."""
+    number = int(text)
+    if number < 0:
+        raise ValueError(text)
+    return number
 
 
 def _add_recipe(parser: argparse.ArgumentParser) -> None:
@@ -135,6 +156,7 @@ def run_step(recipe: Recipe, step: Step) -> None:
     run = prepare_run(recipe, step)
     stage: Callable[[Any, Any], Any] = load_object(step.stage.function)
     load_object("ray_ds.on_ray.session:connect")()
+    load_object("ray_ds.on_ray.stopping:end_on_sigterm")()
     log_event("started", step=step.name, uri=run.uri)
     artifact = stage(step.settings, run)
     log_event("finished", step=step.name, uri=artifact.uri, seconds=artifact.manifest.seconds)
@@ -145,16 +167,16 @@ def _load(options: argparse.Namespace, overrides: Sequence[str]) -> Recipe:
 
 
 def _run_command(options: argparse.Namespace, overrides: Sequence[str]) -> int:
-    run_recipe: Callable[[Recipe, str, Sequence[str]], int] = load_object("ray_ds.pipeline:run_recipe")
-    return run_recipe(_load(options, overrides), options.root, overrides)
+    run_recipe: Callable[..., int] = load_object("ray_ds.pipeline:run_recipe")
+    return run_recipe(_load(options, overrides), options.root, overrides, retries=options.retries)
 
 
 def _submit_command(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     recipe = _load(options, overrides)
     named = [step for step in recipe.steps if step.name == options.step]
     step = named[0] if named else recipe.step_of_stage(options.step)
-    submit: Callable[[Recipe, Step, str, Sequence[str]], int] = load_object("ray_ds.pipeline:submit_and_follow")
-    return submit(recipe, step, options.root, overrides)
+    submit: Callable[..., int] = load_object("ray_ds.pipeline:submit_and_follow")
+    return submit(recipe, step, options.root, overrides, retries=options.retries)
 
 
 def _print_lines(lines: Sequence[str]) -> int:

@@ -1,11 +1,20 @@
 """The project's exceptions. A user's mistake always says field, value, what was allowed and what to do."""
 
 USER_ERROR_EXIT_CODE = 2
-"""Exit status of `ray-ds` and of every job for a `UserError`; any other failure exits with 1."""
+"""Exit status of `ray-ds` and of every job for a `UserError`: it must be mended before another try."""
+RETRYABLE_EXIT_CODE = 75
+"""Exit status for a `RetryableError`, EX_TEMPFAIL of sysexits.h: submitting again goes on. Any other failure is 1."""
 
 
 class RayDsError(Exception):
     """The root of everything this package raises on purpose."""
+
+
+class RetryableError(RayDsError):
+    """Work broke off through no fault of the recipe: nodes were lost, or the job was told to stop.
+
+    What is finished is kept; submitting the same again goes on from there.
+    """
 
 
 class UserError(RayDsError):

@@ -4,7 +4,7 @@ import time
 from collections.abc import Sequence
 
 from ray_ds.artifacts import Endpoint
-from ray_ds.errors import ClusterError, RayDsError
+from ray_ds.errors import RETRYABLE_EXIT_CODE, ClusterError, RayDsError
 from ray_ds.logs import log_event
 from ray_ds.recipe import Recipe, Step
 from ray_ds.report import summary_lines, write_summary
@@ -19,9 +19,11 @@ class StepFailed(RayDsError):
     """A step's job ended without its artefact."""
 
 
-def run_recipe(recipe: Recipe, root: str, overrides: Sequence[str]) -> int:
+def run_recipe(recipe: Recipe, root: str, overrides: Sequence[str], *, retries: int = 0) -> int:
     """Submit every unfinished step in order, then print the summary and write it to the run directory.
 
+    Args:
+        retries: times that each step is submitted again when its job broke off.
     Returns:
         0, or the exit status of the first job that failed.
     """
@@ -31,7 +33,7 @@ def run_recipe(recipe: Recipe, root: str, overrides: Sequence[str]) -> int:
         if (finished := find_finished(recipe, step)) is not None:
             log_event("skipped", step=step.name, reason="finished", uri=finished.uri)
             continue
-        status = submit_and_follow(recipe, step, root, overrides)
+        status = submit_and_follow(recipe, step, root, overrides, retries=retries)
         if status != 0:
             return status
     summary = write_summary(recipe)
@@ -54,19 +56,21 @@ def check_ports(recipe: Recipe) -> None:
                 raise ClusterError(f"{step.name}.port", port, f"must be free on {host}, or Ray Serve's", action)
 
 
-def submit_and_follow(recipe: Recipe, step: Step, root: str, overrides: Sequence[str]) -> int:
+def submit_and_follow(recipe: Recipe, step: Step, root: str, overrides: Sequence[str], *, retries: int = 0) -> int:
     """Submit one step as a job, follow its log to the end and return its exit status.
 
+    Args:
+        retries: times that it is submitted again when its job broke off; each goes on where the last one was.
     Raises:
         UserError: the recipe, its input or an earlier artefact is wrong; nothing was submitted.
         StepFailed: the job ended well, but its artefact is not there.
     """
-    prepare_run(recipe, step)
-    client = job_client()
     request = JobRequest(recipe_path=recipe.path, root=root, overrides=check_overrides(overrides))
-    job_id = submit_step(client, step, request)
-    log_event("submitted", step=step.name, job=job_id, digest=step_digest(step))
-    status = follow_job(client, job_id)
+    for retry in range(retries + 1):
+        status, job_id = _submit_once(recipe, step, request)
+        if status != RETRYABLE_EXIT_CODE or retry == retries:
+            break
+        log_event("submitting_again", step=step.name, after=job_id, retries_left=retries - retry - 1)
     if status != 0:
         log_event("failed", step=step.name, job=job_id, exit_status=status)
         return status
@@ -75,3 +79,12 @@ def submit_and_follow(recipe: Recipe, step: Step, root: str, overrides: Sequence
             f"job {job_id} of step {step.name} ended, but its {step.stage.writes} cannot be reached from here"
         )
     return 0
+
+
+def _submit_once(recipe: Recipe, step: Step, request: JobRequest) -> tuple[int, str]:
+    """Submit a step, follow its log to the end, and return its job's exit status and id."""
+    prepare_run(recipe, step)
+    client = job_client()
+    job_id = submit_step(client, step, request)
+    log_event("submitted", step=step.name, job=job_id, digest=step_digest(step))
+    return follow_job(client, job_id), job_id

@@ -1,19 +1,26 @@
-"""Measure training as the train stage runs it, in each precision and ZeRO stage, beside a bare loop of the same model.
+"""Measure training as the train stage runs it, beside the same engine and the same model in bare loops.
 
     python -m jobs.bench.train --model dense_350m --zero-stages 1 2 --compile
     python -m jobs.bench.train --model demo --batch-rows 16 --micro-batch 16 --seq-len 256 --vocab-size 4096
+
+Three rows for each precision and ZeRO stage, all in one run, all of the same model with the same numerics:
+
+    ours             the stage's worker under Ray Train: our loop, reading shards, logging, checkpoints, snapshots
+    bare DeepSpeed   the same DeepSpeed engine in ten lines, its rows ready on the device
+    bare loop        no DeepSpeed either: fp32 masters, torch's fused AdamW, autocast (bf16 only)
 
 It starts a Ray of its own with one worker: NCCL refuses two on one GPU. The text is made up (tokens by Zipf's law),
 which costs the same as real text in a dense model; the loss goes down to the entropy of single tokens.
 """
 
 import argparse
+import itertools
 import json
 import os
 import statistics
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +29,8 @@ os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # read when ray is imported;
 import numpy as np
 import ray
 import torch
+import torch.multiprocessing as multiprocessing
+from torch import Tensor
 
 from ray_ds.config.model_size import flops_per_token, num_parameters
 from ray_ds.config.settings import decode_settings
@@ -41,20 +50,23 @@ def main() -> None:
     """Run all cases, print a table and, as the last line, the figures as JSON."""
     options = parse_options()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    ray.init("local", num_gpus=int(device == "cuda"), include_dashboard=False, log_to_driver=options.verbose)
+    os.environ["DS_ACCELERATOR"] = device
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="ray_ds-bench-") as folder:
         write_synthetic_shards(Path(folder) / "shards", options)
-        for precision in options.precisions:
-            for stage in options.zero_stages:
-                rows.append(run_case(Path(folder), make_settings(options, precision, stage, device), options))
-                print(format_row(rows[-1]), flush=True)
-    ray.shutdown()
-    task = make_settings(options, "bf16", 1, device)
-    peers = {"bare_loop_bf16_tokens_per_s": bare_loop(task, options, torch.device(device))}
-    config = task.model.resolve(options.vocab_size, options.seq_len)
+        for precision, stage in itertools.product(options.precisions, options.zero_stages):
+            settings = make_settings(options, precision, stage, device)
+            row = {"precision": precision, "zero_stage": stage, **run_ours(Path(folder), settings, options)}
+            if not options.no_peers:
+                row |= run_peer(bare_deepspeed, settings, options)
+                row |= run_peer(bare_loop, settings, options) if precision == "bf16" else {}
+            rows.append(row)
+            print(format_row(row), flush=True)
+    settings = make_settings(options, "bf16", 1, device)
+    config = settings.model.resolve(options.vocab_size, options.seq_len)
     name = torch.cuda.get_device_name() if device == "cuda" else f"{device}, {options.threads} threads"
     inputs = {**vars(options), "device": name, "torch": torch.__version__, "parameters": num_parameters(config)}
+    peers = [{key: value for key, value in row.items() if "bare" in key or "over" in key} for row in rows]
     print(json.dumps({"name": "train", "inputs": inputs, "figures": rows, "peers": peers}))
 
 
@@ -72,6 +84,8 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--zero-stages", nargs="+", type=int, default=[1, 2, 3], choices=[0, 1, 2, 3])
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--checkpoint-every", type=int, help="steps; default: only at the end")
+    parser.add_argument("--no-peers", action="store_true", help="leave the bare loops out")
     parser.add_argument("--verbose", action="store_true", help="show the worker's output")
     return parser.parse_args()
 
@@ -88,7 +102,7 @@ def make_settings(options: argparse.Namespace, precision: str, stage: int, devic
         "zero_stage": stage,
         "optimizer": {"kind": "adamw", "lr": options.lr},
         "schedule": {"warmup_steps": options.steps // 4},
-        "checkpoint_every": options.steps,
+        "checkpoint_every": options.checkpoint_every or options.steps,
         "compile": options.compile,
         "device": device,
         "threads_per_worker": options.threads,
@@ -98,8 +112,8 @@ def make_settings(options: argparse.Namespace, precision: str, stage: int, devic
 
 
 def write_synthetic_shards(folder: Path, options: argparse.Namespace) -> None:
-    """Write as many tokens as a case reads, and a tokenizer file that nobody reads."""
-    num_tokens = (options.steps + 1) * options.batch_rows * options.seq_len
+    """Write as many tokens as a case reads, at most 64 M, and a tokenizer file that nobody reads."""
+    num_tokens = min((options.steps + 1) * options.batch_rows * options.seq_len, 1 << 26)
     tokens = np.random.default_rng(0).zipf(1.2, num_tokens) % options.vocab_size
     (folder / "train").mkdir(parents=True)
     dtype = token_dtype(options.vocab_size)
@@ -107,42 +121,50 @@ def write_synthetic_shards(folder: Path, options: argparse.Namespace) -> None:
     (folder / "tokenizer.json").write_text("{}")
 
 
-def run_case(folder: Path, settings: TrainSettings, options: argparse.Namespace) -> dict[str, Any]:
-    """Train once, through Ray Train and DeepSpeed, with a checkpoint and an export at the end."""
-    with tempfile.TemporaryDirectory(dir=folder) as run:
-        task = TrainTask(
-            settings=settings,
-            config=settings.model.resolve(options.vocab_size, options.seq_len),
-            shards=str(folder / "shards"),
-            checkpoints=f"{run}/work/checkpoints",
-            output=run,
-            bos_token_id=0,
-            eos_token_id=1,
-            device=settings.device,
-        )
-        started = time.monotonic()
-        train_on_ray(task, work=f"{run}/work/ray_train", on_report=lambda _: None)
-        seconds = time.monotonic() - started
-        records = decode((Path(run) / "metrics.jsonl").read_text())
-    return {
-        **summarize(records),
-        "precision": settings.precision,
-        "zero_stage": settings.zero_stage,
-        "seconds": seconds,
-    }
+def run_ours(folder: Path, settings: TrainSettings, options: argparse.Namespace) -> dict[str, Any]:
+    """Train once, through Ray Train and our loop, with a checkpoint and an export at the end."""
+    is_cuda = settings.device == "cuda"
+    ray.init("local", num_gpus=int(is_cuda), include_dashboard=False, log_to_driver=options.verbose)
+    try:
+        with tempfile.TemporaryDirectory(dir=folder) as run:
+            task = TrainTask(
+                settings=settings,
+                config=settings.model.resolve(options.vocab_size, options.seq_len),
+                shards=str(folder / "shards"),
+                checkpoints=f"{run}/work/checkpoints",
+                output=run,
+                bos_token_id=0,
+                eos_token_id=1,
+                device=settings.device,
+            )
+            started = time.monotonic()
+            train_on_ray(task, work=f"{run}/work/ray_train", on_report=lambda _: None)
+            seconds = time.monotonic() - started
+            records = decode((Path(run) / "metrics.jsonl").read_text())
+    finally:
+        ray.shutdown()
+    return {**summarize(records), "seconds": seconds}
 
 
 def summarize(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return the figures of a run's later steps, and what its loss scale did over all of them."""
     steady = records[int(len(records) * WARM_UP) :]
-    return {
+    step_s = statistics.median(record["seconds"] for record in steady)
+    figures = {
         "tokens_per_s": statistics.median(record["tokens_per_s"] for record in steady),
+        "step_s": step_s,
         "mfu": statistics.median(record["mfu"] for record in steady) if "mfu" in steady[-1] else None,
         "first_loss": records[0]["loss"],
         "final_loss": statistics.fmean(record["loss"] for record in records[-10:]),
         "skipped_steps": sum(bool(record.get("is_skipped")) for record in records),
         "final_loss_scale": records[-1].get("loss_scale"),
     }
+    for name in ("checkpoint_s", "snapshot_s"):
+        stalls = [record[name] for record in steady if record.get(name)]
+        if stalls:
+            figures[name] = statistics.median(stalls)
+            figures[name.replace("_s", "_stall_of_a_step")] = statistics.median(stalls) / step_s
+    return figures
 
 
 def format_row(row: Mapping[str, Any]) -> str:
@@ -150,36 +172,120 @@ def format_row(row: Mapping[str, Any]) -> str:
     mfu = "" if row["mfu"] is None else f"{100 * row['mfu']:5.1f} % MFU"
     scale = f"{row['skipped_steps']} skipped, scale {row['final_loss_scale']:.0f}" if row["final_loss_scale"] else ""
     losses = f"loss {row['first_loss']:.3f} -> {row['final_loss']:.3f}"
-    return (
+    line = (
         f"{row['precision']}  ZeRO {row['zero_stage']}  {row['tokens_per_s']:10,.0f} tokens/s  {mfu}  {losses}  {scale}"
     )
+    for peer in ("bare_deepspeed", "bare_loop"):
+        if f"{peer}_tokens_per_s" in row:
+            over = row["tokens_per_s"] / row[f"{peer}_tokens_per_s"]
+            line += (
+                f"\n    {peer.replace('_', ' '):16} {row[f'{peer}_tokens_per_s']:10,.0f} tokens/s  ours is {over:.1%}"
+            )
+    stalls = [f"{key} {row[key]:.1%}" for key in row if key.endswith("_of_a_step")]
+    return "\n    ".join([line, *stalls])
 
 
-def bare_loop(settings: TrainSettings, options: argparse.Namespace, device: torch.device) -> float:
-    """Return tokens/s of the same model in bf16 with torch's AdamW: no Ray, no DeepSpeed, no fp32 masters."""
-    config = settings.model.resolve(options.vocab_size, options.seq_len)
+Bare = Callable[[TrainSettings, argparse.Namespace], float]
+
+
+def run_peer(peer: Bare, settings: TrainSettings, options: argparse.Namespace) -> dict[str, float]:
+    """Return a peer's tokens/s, measured in a process of its own that leaves no memory behind."""
+    context = multiprocessing.get_context("spawn")
+    results = context.SimpleQueue()
+    process = context.Process(target=_run_peer, args=(peer, settings, options, results))
+    process.start()
+    process.join()
+    assert process.exitcode == 0, f"{peer.__name__} failed"
+    return {f"{peer.__name__}_tokens_per_s": results.get()}
+
+
+def _run_peer(peer: Bare, settings: TrainSettings, options: argparse.Namespace, results: Any) -> None:
     torch.set_num_threads(options.threads)
-    decoder = Decoder(config)
+    results.put(peer(settings, options))
+
+
+def rows_of_step(settings: TrainSettings, options: argparse.Namespace) -> list[tuple[Tensor, Tensor]]:
+    """Return a step's micro-batches, ready on the device."""
+    generator = torch.Generator().manual_seed(0)
+    made = []
+    for _ in range(settings.num_micro_batches):
+        rows = torch.randint(options.vocab_size, (options.micro_batch, options.seq_len + 1), generator=generator)
+        made.append((rows[:, :-1].to(settings.device), rows[:, 1:].to(settings.device)))
+    return made
+
+
+def new_decoder(settings: TrainSettings, options: argparse.Namespace) -> Decoder:
+    """Return the model with its first weights, on the device."""
+    decoder = Decoder(settings.model.resolve(options.vocab_size, options.seq_len))
     init_weights(decoder, 0)
-    decoder = decoder.to(device, torch.bfloat16)
-    forward = torch.compile(decoder) if options.compile else decoder
-    is_cuda = device.type == "cuda"
-    optimizer = torch.optim.AdamW(decoder.parameters(), lr=options.lr, fused=is_cuda)
-    rows = torch.randint(options.vocab_size, (options.micro_batch, options.seq_len + 1), device=device)
+    return decoder.to(settings.device)
+
+
+def time_steps(step: Callable[[], None], settings: TrainSettings, options: argparse.Namespace) -> float:
+    """Return the median tokens/s of the later steps."""
     seconds = []
-    for _ in range(max(10, options.steps // 3)):
+    for _ in range(options.steps):
         started = time.perf_counter()
-        for _ in range(settings.num_micro_batches):
-            (forward(rows[:, :-1], rows[:, 1:]) / settings.batch_tokens).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        if is_cuda:
+        step()
+        if settings.device == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - started)
-    tokens_per_s = settings.batch_tokens / statistics.median(seconds[len(seconds) // 2 :])
-    peak = peak_flops(device, torch.bfloat16)
-    mfu = f"{100 * tokens_per_s * flops_per_token(config, options.seq_len) / peak:5.1f} % MFU" if peak else ""
-    print(f"bare bf16 loop{tokens_per_s:12,.0f} tokens/s  {mfu}")
+    return settings.batch_tokens / statistics.median(seconds[int(len(seconds) * WARM_UP) :])
+
+
+def bare_deepspeed(settings: TrainSettings, options: argparse.Namespace) -> float:
+    """Return tokens/s of the same DeepSpeed engine, with the same configuration and optimizer, in a bare script."""
+    import deepspeed
+
+    from ray_ds.train.zero.build import use_built_op
+    from ray_ds.train.zero.config import deepspeed_config
+    from ray_ds.train.zero.optimizer import make_optimizer
+
+    backend = "nccl" if settings.device == "cuda" else "gloo"
+    with tempfile.NamedTemporaryFile() as store:
+        torch.distributed.init_process_group(backend, init_method=f"file://{store.name}", rank=0, world_size=1)
+        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+        use_built_op()
+        decoder = new_decoder(settings, options)
+        optimizer = make_optimizer(decoder.named_parameters(), settings.optimizer, is_cuda=settings.device == "cuda")
+        deepspeed.init_distributed(dist_init_required=False)
+        engine, *_ = deepspeed.initialize(
+            model=decoder, optimizer=optimizer, config=deepspeed_config(settings, 1), dist_init_required=False
+        )
+        if options.compile:
+            engine.compile()
+        rows = rows_of_step(settings, options)
+
+        def step() -> None:
+            for tokens, targets in rows:
+                engine.backward(engine(tokens, targets) / settings.batch_tokens, scale_wrt_gas=False)
+                engine.step()
+
+        return time_steps(step, settings, options)
+
+
+def bare_loop(settings: TrainSettings, options: argparse.Namespace) -> float:
+    """Return tokens/s of the same model with fp32 masters, autocast and torch's AdamW: no Ray, no DeepSpeed."""
+    decoder = new_decoder(settings, options)
+    forward = torch.compile(decoder) if options.compile else decoder
+    optimizer = torch.optim.AdamW(decoder.parameters(), lr=options.lr, fused=settings.device == "cuda")
+    rows = rows_of_step(settings, options)
+
+    def step() -> None:
+        for tokens, targets in rows:
+            with torch.autocast(settings.device, torch.bfloat16):
+                loss = forward(tokens, targets)
+            (loss / settings.batch_tokens).backward()
+        torch.nn.utils.clip_grad_norm_(decoder.parameters(), settings.gradient_clipping)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    tokens_per_s = time_steps(step, settings, options)
+    peak = peak_flops(torch.device(settings.device), torch.bfloat16)
+    if peak:
+        config = settings.model.resolve(options.vocab_size, options.seq_len)
+        work = tokens_per_s * flops_per_token(config, options.seq_len)
+        print(f"bare loop: {tokens_per_s:,.0f} tokens/s, {work / peak:.1%} MFU", flush=True)
     return tokens_per_s
 
 

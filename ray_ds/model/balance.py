@@ -1,5 +1,6 @@
 """Keeping routed experts equally busy by moving the router's bias (arXiv 2408.15664), without an auxiliary loss."""
 
+import contextlib
 from collections.abc import Iterator
 
 import torch
@@ -27,6 +28,15 @@ def reset_expert_load(decoder: Decoder) -> None:
     """Start counting anew."""
     for gate in _gates(decoder):
         gate.expert_load.zero_()
+
+
+@contextlib.contextmanager
+def uncounted(decoder: Decoder) -> Iterator[None]:
+    """Leave the tokens that pass the decoder in this context out of the load."""
+    before = [gate.expert_load.clone() for gate in _gates(decoder)]
+    yield
+    for gate, load in zip(_gates(decoder), before, strict=True):
+        gate.expert_load.copy_(load)
 
 
 @torch.no_grad()

@@ -4,11 +4,11 @@ import tempfile
 from pathlib import Path
 
 import torch
+from pyarrow import fs
 from torch import Tensor
 
 from ray_ds import storage
 from ray_ds.model.checkpoint_folder import save_checkpoint_folder
-from ray_ds.train.checkpoints import upload_folder
 from ray_ds.train.task import TrainTask
 
 MODEL = "model"
@@ -34,3 +34,9 @@ def export_model(state: dict[str, Tensor], task: TrainTask, dtype: torch.dtype) 
         (folder / "tokenizer.json").write_bytes(storage.read_bytes(storage.join(task.shards, "tokenizer.json")))
         if storage.is_remote(uri):
             upload_folder(folder, uri)
+
+
+def upload_folder(folder: Path, uri: str) -> None:
+    """Copy a local folder's files into a folder on an object store."""
+    system, path = storage.filesystem(uri)
+    fs.copy_files(str(folder), path, source_filesystem=fs.LocalFileSystem(), destination_filesystem=system)

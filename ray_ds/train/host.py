@@ -41,6 +41,10 @@ class SnapshotStore(Protocol):
     def put(self, part: Part) -> None:
         """Hand over this process's part; returns before it has arrived, after the last one has."""
 
+    @property
+    def is_sending(self) -> bool:
+        """Whether a part is on its way now."""
+
     def wait(self) -> None:
         """Wait until what was put has arrived.
 

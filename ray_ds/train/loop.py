@@ -1,71 +1,64 @@
 """The training loop, one process's part of it. It knows DeepSpeed by `Engine` and Ray only by `Host`."""
 
-import math
-import statistics
 import time
 import warnings
-from collections.abc import Mapping
-from typing import Protocol
+from contextlib import closing
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ray_ds import storage
-from ray_ds.artifacts import FileInfo
 from ray_ds.config.model_size import flops_per_token
 from ray_ds.logs import log_event
-from ray_ds.model.balance import expert_load, max_violation, reset_expert_load, update_router_bias
+from ray_ds.model.balance import expert_load, reset_expert_load, update_router_bias
 from ray_ds.model.decoder import Decoder
 from ray_ds.model.initial import init_weights
-from ray_ds.train import checkpoints
+from ray_ds.train.agreement import Word, agree
+from ray_ds.train.bad_steps import BadSteps
 from ray_ds.train.batches import Batches, open_split, validation_batches
+from ray_ds.train.checkpoints import METRICS
 from ray_ds.train.export import export_model
-from ray_ds.train.metrics import MetricsLog, Record, decode, draw_curve, encode, peak_flops
+from ray_ds.train.goodput import Goodput, read_attempts, write_attempts
+from ray_ds.train.host import Host
+from ray_ds.train.metrics import (
+    MetricsLog,
+    Record,
+    Work,
+    draw_curve,
+    encode,
+    load_figures,
+    peak_flops,
+    peak_memory,
+    summarise,
+)
+from ray_ds.train.profile import StepProfiler
+from ray_ds.train.safekeeping import Progress, Safekeeping
 from ray_ds.train.schedule import lr_factor
-from ray_ds.train.task import TrainResult, TrainTask
+from ray_ds.train.task import Stopped, TrainResult, TrainTask
+from ray_ds.train.tracker_kinds import TrackedRun
+from ray_ds.train.trackers import Trackers
 from ray_ds.train.zero.engine import Engine
 
-METRICS = "metrics.jsonl"
-LOSS_STEPS = 50
-"""Steps whose mean is called the training loss at the end."""
+ATTEMPTS = "attempts.jsonl"
+PROFILE = "profile"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class Host(Protocol):
-    """Where a training process runs. Its default process group is ready when training starts."""
+def train(task: TrainTask, host: Host) -> TrainResult | Stopped:
+    """Train from the newest safe state, or from the start, to the last step; write the model; return its facts.
 
-    @property
-    def rank(self) -> int:
-        """Number of this process, from 0."""
-
-    @property
-    def world_size(self) -> int:
-        """How many processes train together."""
-
-    @property
-    def device(self) -> torch.device:
-        """What this process computes on."""
-
-    def report(self, record: Mapping[str, float]) -> None:
-        """Show a step's figures to who watches the run; every process calls it at the same steps."""
-
-
-def train(task: TrainTask, host: Host) -> TrainResult:
-    """Train from the newest checkpoint, or from the start, to the last step; write the model; return its facts."""
-    loop = TrainLoop(task, host)
-    for step in range(loop.resume(), task.settings.num_steps):
-        record = loop.run_step(step)
-        done = step + 1
-        is_last = done == task.settings.num_steps
-        if _is_due(task.settings.validate_every, done, is_last):
-            record = {**record, "validation_loss": loop.validation_loss()}
-        loop.metrics.append(record)
-        if _is_due(task.settings.log_every, done, is_last):
-            host.report(record)
-        if _is_due(task.settings.checkpoint_every, done, is_last):
-            loop.save(done)
-    return loop.finish()
+    Raises:
+        FloatingPointError: a step was bad, and the settings give up then.
+        ArtifactError: shards or checkpoints are damaged.
+    """
+    with closing(TrainLoop(task, host)) as loop:
+        loop.resume()
+        while loop.step < task.settings.num_steps:
+            if loop.run_step():
+                host.safe(loop.step)
+                return Stopped(step=loop.step)
+        return loop.finish()
 
 
 def _is_due(every: int, done: int, is_last: bool) -> bool:
@@ -74,146 +67,213 @@ def _is_due(every: int, done: int, is_last: bool) -> bool:
 
 
 class TrainLoop:
-    """What a training process holds between steps."""
+    """What a training process holds between steps: the number of steps done and the number of the next batch."""
 
     def __init__(self, task: TrainTask, host: Host) -> None:
         """Build the model, the same on every process, and open the shards."""
         settings = task.settings
         _prepare_process(settings.threads_per_worker, host.device)
         self.task, self.settings, self.host = task, settings, host
+        self.step, self.cursor = 0, 0
+        host.beat("building the model")
         decoder = Decoder(task.config, recompute_activations=settings.recompute_activations)
         init_weights(decoder, settings.seed)
         self.decoder = decoder
         self.engine = Engine(decoder, settings, device=host.device, world_size=host.world_size)
         split = open_split(task.shards, "train")
-        self.batches = Batches(split, settings, rank=host.rank, world_size=host.world_size)
+        self.batches = Batches(split, settings, rank=host.rank, world_size=host.world_size, device=host.device)
+        self.safekeeping = Safekeeping(task, self.engine, host)
+        self.profiler = StepProfiler(
+            settings.profile_steps, folder=storage.join(task.output, PROFILE), rank=host.rank, device=host.device
+        )
+        self._work = Work(
+            batch_tokens=settings.batch_tokens,
+            flops_per_token=flops_per_token(task.config, settings.seq_len),
+            world_size=host.world_size,
+            peak_flops=peak_flops(host.device, DTYPES[settings.precision]),
+        )
+        self._step_s, self._other_s = 0.0, 0.0
+        self._record: Record = {}
         self.metrics = MetricsLog([], None)
-        self.peak = peak_flops(host.device, DTYPES[settings.precision])
-        self.flops_per_token = flops_per_token(task.config, settings.seq_len)
+        self.trackers: Trackers | None = None
 
-    def resume(self) -> int:
-        """Load the newest whole checkpoint, if there is one, and return how many steps are done."""
-        root, rank = self.task.checkpoints, self.host.rank
-        # Only rank 0 reads all files to check them; its word counts, so that all start from the same step.
-        found: list[checkpoints.Commit | None] = [checkpoints.find_latest(root) if rank == 0 else None]
-        dist.broadcast_object_list(found, src=0)
-        commit = found[0]
-        records: list[Record] = []
-        if commit is not None:
-            checkpoints.check_world_size(commit, self.host.world_size, root, field="num_workers")
-            if rank == 0:
-                checkpoints.delete_newer(root, commit.step)
-            folder = checkpoints.local_copy(root, commit.step)
-            self.engine.load(folder)
-            torch.set_rng_state(torch.load(folder / _rng_file(rank)))
-            records = decode((folder / METRICS).read_text())
-            if rank == 0:
-                log_event("resumed", step=commit.step, checkpoint=checkpoints.checkpoint_uri(root, commit.step))
-        is_watched = rank == 0 and not storage.is_remote(root)
+    def resume(self) -> None:
+        """Go on from the newest safe state, if there is one."""
+        self.host.beat("loading the state")
+        progress = self.safekeeping.restore() or Progress(step=0, cursor=0, records=[])
+        self.step, self.cursor = progress.step, progress.cursor
+        is_first = self.host.rank == 0
+        root = self.task.checkpoints
+        is_watched = is_first and not storage.is_remote(root)
         live_file = storage.local_path(root).with_name(METRICS) if is_watched else None
-        self.metrics = MetricsLog(records, live_file)
-        return commit.step if commit is not None else 0
+        self.metrics = MetricsLog(progress.records, live_file)
+        attempts_file = storage.join(root, ATTEMPTS)
+        self.goodput = Goodput(
+            progress.records,
+            read_attempts(attempts_file),
+            now=time.time(),
+            job_started=self.task.job_started,
+            last_sign=self.metrics.last_sign,
+            world_size=self.host.world_size,
+        )
+        if is_first:
+            write_attempts(attempts_file, self.goodput.attempts)
+            run = TrackedRun(output=self.task.output, settings=self.task.settings_json(), steps_done=self.step)
+            self.trackers = Trackers(self.settings.trackers, run)
+        losses = [record["loss"] for record in progress.records if not record.get("is_skipped")]
+        self.bad_steps = BadSteps(self.settings, losses)
 
-    def run_step(self, step: int) -> Record:
-        """Train on one batch and return its figures, the same on every process."""
+    def run_step(self) -> bool:
+        """Train on one batch and keep what is due; tell whether the state is safe and training is to pause or end."""
         started = time.perf_counter()
-        factor = lr_factor(step, self.settings.num_steps, self.settings.schedule)
-        total = torch.zeros((), device=self.host.device)
-        for tokens, targets in self.batches.of_step(step, self.host.device):
-            total += self.engine.forward_backward(tokens, targets)
-        result = self.engine.step(factor)
-        dist.all_reduce(total)
-        balance = self._balance_experts()
-        loss = total.item() / self.settings.batch_tokens
-        # DeepSpeed also skips such steps in fp32 and bf16, where no smaller loss scale would mend the next one.
-        is_mended = self.settings.precision == "fp16" and result.is_skipped
-        if not math.isfinite(loss) and not is_mended:
-            raise FloatingPointError(f"the loss of step {step + 1} is {loss}: lower the learning rate")
-        seconds = time.perf_counter() - started
-        record: dict[str, float | int | bool] = {
-            "step": step + 1,
-            "tokens": (step + 1) * self.settings.batch_tokens,
-            "loss": loss,
-            "lr": self.settings.optimizer.lr * factor,
-            "grad_norm": result.grad_norm,
-            "seconds": seconds,
-            "tokens_per_s": self.settings.batch_tokens / seconds,
-            **balance,
-        }
-        if self.peak is not None:
-            work = record["tokens_per_s"] * self.flops_per_token
-            record["mfu"] = work / (self.peak * self.host.world_size)
-        if self.settings.precision == "fp16":
-            record |= {"loss_scale": result.loss_scale, "is_skipped": result.is_skipped}
-        return record
+        number = self.step + 1
+        with self.profiler.step(number):
+            loss_sum, word = agree(self._forward_backward(number), self._word())
+            if not self._update(number, loss_sum / self.settings.batch_tokens, word, started):
+                return False
+        self._step_s = time.perf_counter() - started
+        self._validate_and_show()
+        progress = Progress(step=self.step, cursor=self.cursor, records=self.metrics.records)
+        with self.profiler.phase("keep"):
+            is_safe = self.safekeeping.keep(progress, word, is_last=self.step == self.settings.num_steps)
+        self._other_s = time.perf_counter() - started - self._step_s - self.safekeeping.snapshot_s
+        return is_safe
 
-    def _balance_experts(self) -> dict[str, float]:
-        """Move the routers' biases by the load of all processes; return the worst layer's imbalance."""
+    def _word(self) -> Word:
+        """Return what this process has to say in a step, of the step before."""
+        return Word(
+            request=self.host.request(),
+            has_failed=self.safekeeping.has_failed,
+            is_sending=self.safekeeping.was_sending(),
+            step_s=self._step_s,
+            stall_s=self.safekeeping.snapshot_s,
+            other_s=self._other_s,
+            memory_bytes=peak_memory(self.host.device),
+        )
+
+    def _forward_backward(self, number: int) -> Tensor:
+        """Add up the gradient of this process's micro-batches and return their summed loss, fp64."""
+        loss_sum = torch.zeros((), dtype=torch.double, device=self.host.device)
+        with self.profiler.phase("forward_backward"):
+            for place, (tokens, targets, index) in enumerate(self.batches.of_batch(self.cursor)):
+                self.host.beat(f"step {number} micro-batch {place + 1}")
+                if index is not None:
+                    _seed(self.settings.seed, self.cursor, index)
+                loss_sum += self.engine.forward_backward(tokens, targets, counts=index is not None)
+        self.host.beat(f"step {number} gradients")
+        return loss_sum
+
+    def _update(self, number: int, loss: float, word: Word, started: float) -> bool:
+        """Update the weights and record the step; tell whether the step was done, which a roll back undoes."""
+        reason = self.bad_steps.judge(loss)
+        factor = lr_factor(self.step, self.settings.num_steps, self.settings.schedule)
+        figures: dict[str, float | int | bool] = {"loss": loss, "lr": self.settings.optimizer.lr * factor}
+        with self.profiler.phase("optimizer"):
+            if reason is None:
+                result = self.engine.step(factor)
+                figures["grad_norm"] = result.grad_norm
+                if self.settings.precision == "fp16":
+                    figures |= {"loss_scale": result.loss_scale, "is_skipped": result.is_skipped}
+                elif result.is_skipped:  # DeepSpeed drops such a gradient too; no smaller loss scale mends the next
+                    reason = "the gradient is no number"
+            else:
+                self.engine.skip_step()
+            load = self._take_expert_load()
+        if reason is not None:
+            self.bad_steps.add(number, reason)
+            log_event("bad_step", step=number, cursor=self.cursor, reason=reason, action=self.settings.bad_loss)
+            if self.settings.bad_loss == "roll_back":
+                self._roll_back()
+                return False
+            figures |= {"is_skipped": True, "grad_norm": figures.get("grad_norm", float("nan"))}
+        elif load.numel():
+            assert self.settings.router_bias_speed is not None, "settings fill it in for a model with experts"
+            update_router_bias(self.decoder, load, self.settings.router_bias_speed)
+            figures |= load_figures(load)
+        self.step, self.cursor = self.step + 1, self.cursor + 1
+        seconds = time.perf_counter() - started
+        stalls = {"checkpoint_s": self.safekeeping.checkpoint_s, "snapshot_s": self.safekeeping.snapshot_s}
+        self._record = {
+            **self._work.figures(self.step, seconds),
+            **figures,
+            **{name: value for name, value in stalls.items() if value},
+            "memory_bytes": word.memory_bytes,
+            **self.goodput.count(seconds, now=time.time(), is_skipped=bool(figures.get("is_skipped"))),
+        }
+        return True
+
+    def _take_expert_load(self) -> Tensor:
+        """Return tokens by expert of all processes, (MoE layers, E) or empty, and start counting anew."""
         load = expert_load(self.decoder)
-        if not load.numel():
-            return {}
-        dist.all_reduce(load)
-        speed = self.settings.router_bias_speed
-        assert speed is not None, "settings fill it in for a model with experts"
-        update_router_bias(self.decoder, load, speed)
-        reset_expert_load(self.decoder)
-        return {"max_violation": float(max_violation(load).max())}
+        if load.numel():
+            dist.all_reduce(load)
+            reset_expert_load(self.decoder)
+        return load
+
+    def _roll_back(self) -> None:
+        """Go back to the newest safe state, and on with the batch after the bad one."""
+        behind = self.cursor + 1
+        self.safekeeping.finish()
+        progress = self.safekeeping.restore()
+        if progress is None:
+            raise FloatingPointError(
+                f"step {self.step + 1} is bad and there is no state to go back to; lower checkpoint_every or the rate"
+            )
+        self.step, self.cursor = progress.step, behind
+        self.metrics.go_back(progress.step)
+        self.goodput.go_back(self.metrics.records, now=time.time())
+
+    def _validate_and_show(self) -> None:
+        """Look at the validation loss where that is due, and show the step to who watches."""
+        is_last = self.step == self.settings.num_steps
+        if _is_due(self.settings.validate_every, self.step, is_last):
+            self._record = {**self._record, "validation_loss": self.validation_loss()}
+        self.metrics.append(self._record)
+        if self.trackers is not None:
+            self.trackers.log(self._record)
+        if _is_due(self.settings.log_every, self.step, is_last):
+            self.host.report(self._record)
 
     def validation_loss(self) -> float:
         """Return the loss on rows of the validation split, in nats a token."""
         split = open_split(self.task.shards, "validation")
         sums = torch.zeros(2, dtype=torch.float64, device=self.host.device)
-        world: dict[str, int] = {"rank": self.host.rank, "world_size": self.host.world_size}
-        for tokens, targets in validation_batches(split, self.settings, device=self.host.device, **world):
+        world = {"rank": self.host.rank, "world_size": self.host.world_size}
+        for tokens, targets, _ in validation_batches(split, self.settings, device=self.host.device, **world):
+            self.host.beat(f"step {self.step} validation")
             sums[0] += self.engine.loss(tokens, targets)
             sums[1] += (targets >= 0).sum()
         dist.all_reduce(sums)
         return float(sums[0] / sums[1])
 
-    def save(self, step: int) -> None:
-        """Write a checkpoint of all state; it counts only once every process's files are safe."""
-        root, rank, world_size = self.task.checkpoints, self.host.rank, self.host.world_size
-        folder = checkpoints.open_folder(root, step, rank=rank)
-        dist.barrier()
-        self.engine.save(folder)
-        torch.save(torch.get_rng_state(), folder / _rng_file(rank))
-        # Every process writes its records in a folder of its own; in a shared folder one set is enough.
-        if rank == 0:
-            (folder / METRICS).write_text(encode(self.metrics.records))
-        dist.barrier()
-        mine = checkpoints.seal_files(root, step, folder, rank=rank, world_size=world_size)
-        parts: list[list[FileInfo]] = [[] for _ in range(world_size)]
-        dist.all_gather_object(parts, mine)
-        if rank == 0:
-            files = [info for part in parts for info in part]
-            keep = self.settings.keep_checkpoints
-            checkpoints.commit(root, step, world_size=world_size, files=files, keep=keep)
-            log_event("checkpoint", step=step, bytes=sum(info.bytes for info in files))
-        dist.barrier()
-
     def finish(self) -> TrainResult:
         """Write the model and its metrics into the artefact's folder and return the run's facts."""
+        self.host.beat("writing the model")
+        self.safekeeping.finish()
         state: dict[str, Tensor] = self.engine.full_state()
-        records = self.metrics.records
+        records: list[Record] = self.metrics.records
         if self.host.rank == 0:
             export_model(state, self.task, DTYPES[self.settings.precision])
             storage.write_bytes(storage.join(self.task.output, METRICS), encode(records).encode())
             storage.write_bytes(storage.join(self.task.output, "curve.png"), draw_curve(records))
-        self.metrics.close()
         dist.barrier()
-        looks = [record["validation_loss"] for record in records if "validation_loss" in record]
-        return TrainResult(
-            step=int(records[-1]["step"]),
-            tokens=int(records[-1]["tokens"]),
-            train_loss=statistics.fmean(record["loss"] for record in records[-LOSS_STEPS:]),
-            validation_loss=looks[-1] if looks else None,
-            tokens_per_s=statistics.median(record["tokens_per_s"] for record in records),
-            mfu=statistics.median(record["mfu"] for record in records) if "mfu" in records[-1] else None,
-        )
+        return TrainResult(**summarise(records))
+
+    def close(self) -> None:
+        """End what runs beside the loop."""
+        self.profiler.close()
+        self.batches.close()
+        self.metrics.close()
+        if self.trackers is not None:
+            self.trackers.close(is_finished=self.step == self.settings.num_steps)
 
 
-def _rng_file(rank: int) -> str:
-    return f"rng-{rank:05d}.pt"
+def _seed(seed: int, cursor: int, index: int) -> None:
+    """Make the random numbers of a micro-batch depend on its place in the data alone, not on who computes it when.
+
+    So no state of a generator has to be kept: it follows from the cursor.
+    """
+    torch.manual_seed((seed * 1_000_003 + cursor) * 65_537 + index)
 
 
 def _prepare_process(threads: int, device: torch.device) -> None:

@@ -108,14 +108,22 @@ class MetricsLog:
         if live_file is not None:
             live_file.parent.mkdir(parents=True, exist_ok=True)
             self.last_sign = _last_time(live_file)
-            live_file.write_text(encode(self.records))
-            self._live = live_file.open("a", buffering=1)
+            self._live = live_file.open("w+", buffering=1)
+            self._live.write(encode(self.records))
 
     def append(self, record: Record) -> None:
         """Add a step's record."""
         self.records.append(record)
         if self._live is not None:
             self._live.write(encode([record]))
+
+    def go_back(self, step: int) -> None:
+        """Drop the records of steps after `step`, which will run again."""
+        del self.records[step:]
+        if self._live is not None:
+            self._live.seek(0)
+            self._live.truncate()
+            self._live.write(encode(self.records))
 
     def close(self) -> None:
         """Close the local file."""
@@ -163,7 +171,7 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts it in KiB
 
 
-def summarise(records: Sequence[Record]) -> dict[str, float | int | None]:
+def summarise(records: Sequence[Record]) -> dict[str, Any]:
     """Return what a run comes to: means and medians of its steps, its last look at validation, its whole account."""
     last = records[-1]
     looks = [record["validation_loss"] for record in records if "validation_loss" in record]

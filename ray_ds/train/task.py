@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from pydantic import JsonValue
+
 from ray_ds.config.model import ModelConfig
 from ray_ds.config.settings import as_json, decode_settings, settings
 from ray_ds.config.train import TrainSettings
@@ -27,6 +29,14 @@ class TrainTask:
     """Ends a text that is generated."""
     device: str
     """`cpu` or `cuda`."""
+    job_started: float = 0.0
+    """When the job was submitted, in Unix seconds: time without a job counts as lost for nobody."""
+
+    def settings_json(self) -> dict[str, JsonValue]:
+        """Return the settings as JSON values."""
+        encoded = as_json(self.settings)
+        assert isinstance(encoded, dict)
+        return encoded
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as JSON values."""
@@ -56,3 +66,17 @@ class TrainResult:
     """Median over the steps, of all workers together."""
     mfu: float | None
     """Median part of the device's peak that the model's own work was; None where the peak is unknown."""
+    goodput: float
+    """Part of the run's time that was spent on steps that count."""
+    lost_s: float
+    """Seconds lost to restarts."""
+    restarts: int
+    """Times that the workers were started anew."""
+
+
+@settings
+class Stopped:
+    """What a run has to say that was asked to end before its last step."""
+
+    step: int
+    """Optimizer steps whose state is safe."""

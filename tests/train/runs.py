@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import signal
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch.multiprocessing as multiprocessing
 from ray_ds.config.settings import decode_settings
 from ray_ds.config.train import TrainSettings
 from ray_ds.data.shards import write_shard
+from ray_ds.train.host import Request, SnapshotStore
 from ray_ds.train.task import TrainTask
 
 VOCAB_SIZE = 300
@@ -71,13 +73,27 @@ def make_task(folder: Path, settings: TrainSettings, name: str = "run") -> Train
     )
 
 
-def train_in_processes(task: TrainTask, *, die_at_step: int | None = None) -> None:
-    """Run a task in as many processes as its settings have workers; the last one may kill itself after a step."""
+def train_in_processes(
+    task: TrainTask,
+    *,
+    world_size: int | None = None,
+    die_at_step: int | None = None,
+    requests: Mapping[int, Request] | None = None,
+) -> None:
+    """Run a task in as many processes as its settings have workers.
+
+    Args:
+        world_size: processes, if not the settings' most.
+        die_at_step: the last process kills itself after this step.
+        requests: what the last process is asked for, by the number of the step.
+    """
     os.environ |= {"DS_ACCELERATOR": "cpu", "TORCHDYNAMO_DISABLE": "1"}
     store = Path(task.output) / f"store-{os.urandom(4).hex()}"
     store.parent.mkdir(parents=True, exist_ok=True)
-    world_size = task.settings.num_workers
-    multiprocessing.spawn(_run_rank, (world_size, str(store), task.to_dict(), die_at_step), nprocs=world_size)
+    world_size = world_size or task.settings.max_workers
+    multiprocessing.spawn(
+        _run_rank, (world_size, str(store), task.to_dict(), die_at_step, dict(requests or {})), nprocs=world_size
+    )
 
 
 def read_records(task: TrainTask) -> list[dict[str, Any]]:
@@ -98,15 +114,38 @@ class PlainHost:
     world_size: int
     die_at_step: int | None = None
     device: torch.device = dataclasses.field(default_factory=lambda: torch.device("cpu"))
+    snapshots: SnapshotStore | None = None
+    requests: Mapping[int, Request] = dataclasses.field(default_factory=dict)
+    """What is asked for in a step, by its number."""
+    place: str = ""
+    safe_at: int | None = None
+
+    def request(self) -> Request:
+        return self.requests.get(int(self.place.split()[1]), Request.NONE)
+
+    def beat(self, place: str) -> None:
+        self.place = place
+
+    def safe(self, step: int) -> None:
+        self.safe_at = step
 
     def report(self, record: Any) -> None:
         if self.rank == self.world_size - 1 and record["step"] == self.die_at_step:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _run_rank(rank: int, world_size: int, store: str, raw: dict[str, Any], die_at_step: int | None) -> None:
+def _run_rank(
+    rank: int,
+    world_size: int,
+    store: str,
+    raw: dict[str, Any],
+    die_at_step: int | None,
+    requests: Mapping[int, Request],
+) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
     from ray_ds.train.loop import train
 
-    train(TrainTask.from_dict(raw), PlainHost(rank, world_size, die_at_step))
+    is_last = rank == world_size - 1
+    host = PlainHost(rank, world_size, die_at_step, requests=requests if is_last else {})
+    train(TrainTask.from_dict(raw), host)

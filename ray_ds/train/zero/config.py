@@ -16,7 +16,7 @@ def deepspeed_config(settings: TrainSettings, world_size: int) -> dict[str, Any]
     1.0 unless said otherwise, and Muon in ZeRO-3 needs whole gradients (stage3.py: "Muon and reduce scatter cannot be
     used together").
     """
-    micro_batches = settings.num_micro_batches // world_size
+    micro_batches = -(-settings.num_micro_batches // world_size)  # of each worker, some of them without targets
     zero: dict[str, Any] = {"stage": settings.zero_stage}
     if settings.zero_stage:
         zero["overlap_comm"] = False
@@ -25,7 +25,7 @@ def deepspeed_config(settings: TrainSettings, world_size: int) -> dict[str, Any]
         # Parameters below this many elements stay whole on every worker: norms, and small models' projections.
         zero["stage3_param_persistence_threshold"] = 10_000
     config: dict[str, Any] = {
-        "train_batch_size": settings.batch_rows,
+        "train_batch_size": settings.micro_batch * micro_batches * world_size,
         "train_micro_batch_size_per_gpu": settings.micro_batch,
         "gradient_accumulation_steps": micro_batches,
         "gradient_clipping": settings.gradient_clipping,

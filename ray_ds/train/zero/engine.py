@@ -1,23 +1,24 @@
-"""DeepSpeed behind four verbs: forward_backward, step, save, load."""
+"""DeepSpeed behind five verbs: forward_backward, step, skip_step, state, load_state."""
 
 import contextlib
 import logging
 from dataclasses import dataclass
-from pathlib import Path
 
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
+from pydantic import JsonValue
 from torch import Tensor
 
 from ray_ds.config.train import TrainSettings
+from ray_ds.model.balance import uncounted
 from ray_ds.model.decoder import Decoder
+from ray_ds.train.state import EngineState, StateReader
 from ray_ds.train.zero.build import use_built_op
 from ray_ds.train.zero.config import deepspeed_config
 from ray_ds.train.zero.optimizer import make_optimizer
-
-TAG = "deepspeed"
-"""The folder in a checkpoint that DeepSpeed writes."""
+from ray_ds.train.zero.partitions import Partitions
+from ray_ds.train.zero.scaler import restore_scaler, scaler_fields
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,14 +66,24 @@ class Engine:
         self._is_micro_batch_open = False
         for name, buffer in decoder.named_buffers():
             assert buffer.dtype in (torch.float32, torch.int64), f"DeepSpeed made {name} {buffer.dtype}"
+        self._partitions = Partitions(decoder, self._engine)
+        self._partitions.forget_trial_step()
         if settings.compile:
             self._engine.compile()
 
-    def forward_backward(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """Add the gradient of a micro-batch, (B, T) each, and return its summed loss in nats, detached."""
+    def forward_backward(self, tokens: Tensor, targets: Tensor, *, counts: bool = True) -> Tensor:
+        """Add the gradient of a micro-batch, (B, T) each, and return its summed loss in nats, detached.
+
+        All processes call this together, ceil(M / W) times a step of M micro-batches.
+
+        Args:
+            counts: whether its tokens count in the experts' load. Not those of a micro-batch without targets, which
+                adds exactly nothing to the gradient and only fills up an uneven share.
+        """
         if self._is_micro_batch_open:
             self._engine.step()
-        loss: Tensor = self._engine(tokens, targets)
+        with contextlib.nullcontext() if counts else uncounted(self.decoder):
+            loss: Tensor = self._engine(tokens, targets)
         self._engine.backward(loss * self._loss_factor, scale_wrt_gas=False)
         self._is_micro_batch_open = True
         return loss.detach()
@@ -95,6 +106,17 @@ class Engine:
             loss_scale=loss_scale,
         )
 
+    def skip_step(self) -> None:
+        """Drop the gradients of the step's micro-batches and leave all else as it was before the first of them.
+
+        All processes call this together, after as many micro-batches. The experts' load is the caller's to reset.
+        """
+        self._partitions.drop_gradients()
+        if self._is_micro_batch_open:
+            per_step = self._engine.gradient_accumulation_steps()
+            self._engine.micro_steps += per_step - self._engine.micro_steps % per_step
+        self._is_micro_batch_open = False
+
     def _plain_grad_norm(self) -> Tensor:
         """Return the norm of the averaged gradients, which torch's optimizer without ZeRO does not keep."""
         return torch.nn.utils.get_total_norm([p.grad for p in self.decoder.parameters() if p.grad is not None])
@@ -107,14 +129,30 @@ class Engine:
         self._engine.train()
         return loss
 
-    def save(self, folder: Path) -> None:
-        """Write weights, masters, optimizer state and loss scale; all processes call this together."""
-        self._engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
+    def state(self) -> EngineState:
+        """Return views of what this process holds of the state between two steps."""
+        assert not self._is_micro_batch_open, "the state is whole only between steps"
+        facts: dict[str, JsonValue] = {"optimizer_steps": self._partitions.optimizer_steps()}
+        if self._is_fp16:
+            facts["loss_scale"] = scaler_fields(self._engine.optimizer.loss_scaler)
+        return EngineState(pieces=self._partitions.pieces(), facts=facts)
 
-    def load(self, folder: Path) -> None:
-        """Go on from what `save` wrote with as many processes."""
-        path, _ = self._engine.load_checkpoint(str(folder), tag=TAG)
-        assert path is not None, f"DeepSpeed found no checkpoint in {folder}"
+    def load_state(self, reader: StateReader) -> None:
+        """Go on from a state of any number of processes and any ZeRO stage; all processes call this together.
+
+        Rates and decay are not in a state: they come from the settings.
+
+        Raises:
+            ArtifactError: the state is not whole.
+        """
+        assert not self._is_micro_batch_open, "a state is loaded only between steps"
+        optimizer_steps = reader.facts["optimizer_steps"]
+        assert isinstance(optimizer_steps, int), optimizer_steps
+        self._partitions.load(reader, optimizer_steps=optimizer_steps)
+        if self._is_fp16:
+            fields = reader.facts["loss_scale"]
+            assert isinstance(fields, dict), fields
+            restore_scaler(self._engine.optimizer.loss_scaler, fields)
 
     def full_state(self) -> dict[str, Tensor]:
         """Return all weights and buffers on the CPU, in the type trained in; whole on rank 0, empty elsewhere.

@@ -1,0 +1,202 @@
+"""The keeper of a node: an actor whose memory holds parts of snapshots, outside the processes that made them."""
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import ray
+import xxhash
+from pydantic import JsonValue
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from ray_ds.on_ray.session import NAMESPACE
+
+F = TypeVar("F", bound=Callable[..., Any])
+Bytes = npt.NDArray[np.uint8]
+KEPT = 2
+"""Complete parts that a keeper holds of a process; the next one may be arriving beside them."""
+CONCURRENCY = {"bulk": 4}
+"""Threads of a keeper for parts on their way."""
+WATCH_THREADS = 8
+"""Its other threads: for what must be answered at once meanwhile."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, order=True)
+class PartKey:
+    """Names a part; in this order, the greater one is newer."""
+
+    attempt: int
+    """The worker group that made it; a later group has a greater number."""
+    number: int
+    """Snapshots of this group up to it; the step alone is no order, for training may roll back."""
+    step: int
+    world_size: int
+    rank: int
+
+    @property
+    def whole(self) -> tuple[int, int, int, int]:
+        """Return what all parts of one whole have in common, and no other."""
+        return self.attempt, self.number, self.step, self.world_size
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TensorPlace:
+    """Where a tensor's bytes lie in a part."""
+
+    dtype: str
+    start: int
+    stop: int
+    xxh3: int
+    """xxh3_64 of the bytes."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PartHeader:
+    """A part without its bytes."""
+
+    key: PartKey
+    index: JsonValue
+    places: Mapping[str, TensorPlace]
+
+    @property
+    def bytes(self) -> int:
+        """Size of the part's tensors together."""
+        return max((place.stop for place in self.places.values()), default=0)
+
+
+def is_intact(data: Bytes, place: TensorPlace) -> bool:
+    """Tell whether a tensor's bytes are those that were put."""
+    return data.nbytes == place.stop - place.start and xxhash.xxh3_64_intdigest(data.data) == place.xxh3
+
+
+def bulk(method: F) -> F:
+    """Have an actor run a method on the threads that are for parts."""
+    marked: F = ray.method(concurrency_group="bulk")(method)
+    return marked
+
+
+class SnapshotKeeper:
+    """Parts in memory: of each process the newest two that are complete, and one that is arriving.
+
+    As an actor it lives as long as the driver that started it and its node.
+
+    Args:
+        limit_bytes: a part that would need more is refused.
+    """
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._limit_bytes = limit_bytes
+        self._complete: dict[PartKey, tuple[PartHeader, Bytes]] = {}
+        self._arriving: dict[PartKey, tuple[PartHeader, Bytes]] = {}
+        self._lock = threading.Lock()
+
+    def begin(self, header: PartHeader) -> bool:
+        """Make room for a part; an unfinished one of the same process is dropped. Tell whether there was room."""
+        with self._lock:
+            for torn in [key for key in self._arriving if key.rank == header.key.rank]:
+                del self._arriving[torn]
+            if self._bytes() + header.bytes > self._limit_bytes:
+                return False
+            self._arriving[header.key] = (header, np.empty(header.bytes, np.uint8))
+            return True
+
+    @bulk
+    def add(self, key: PartKey, start: int, pieces: Sequence[Bytes]) -> None:
+        """Copy bytes into a part that is arriving, piece after piece; those of a part that was dropped are ignored."""
+        with self._lock:
+            arriving = self._arriving.get(key)
+        if arriving is None:
+            return
+        buffer = arriving[1]
+        for piece in pieces:
+            buffer[start : start + piece.nbytes] = piece
+            start += piece.nbytes
+
+    @bulk
+    def finish(self, key: PartKey) -> bool:
+        """Count a part that has arrived in full and undamaged; drop any other. Tell which it was."""
+        with self._lock:
+            arrived = self._arriving.get(key)
+        if arrived is None:
+            return False
+        header, buffer = arrived
+        is_whole = all(is_intact(buffer[place.start : place.stop], place) for place in header.places.values())
+        with self._lock:
+            self._arriving.pop(key, None)
+            if is_whole:
+                self._complete[key] = arrived
+                for old in sorted(one for one in self._complete if one.rank == key.rank)[:-KEPT]:
+                    del self._complete[old]
+        return is_whole
+
+    def drop_before(self, attempt: int, number: int) -> None:
+        """Drop all parts of older snapshots than this one."""
+        with self._lock:
+            for held in (self._complete, self._arriving):
+                for key in [key for key in held if (key.attempt, key.number) < (attempt, number)]:
+                    del held[key]
+
+    def inventory(self) -> list[PartKey]:
+        """Return the complete parts."""
+        with self._lock:
+            return sorted(self._complete)
+
+    def header(self, key: PartKey) -> PartHeader:
+        """Return what a part says beside its tensors; KeyError where it is not complete."""
+        with self._lock:
+            return self._complete[key][0]
+
+    @bulk
+    def read(self, key: PartKey, start: int, stop: int) -> Bytes:
+        """Return some of a part's bytes; KeyError where it is not complete."""
+        with self._lock:
+            return self._complete[key][1][start:stop]
+
+    def bytes(self) -> int:
+        """Return how much memory the parts take."""
+        with self._lock:
+            return self._bytes()
+
+    def _bytes(self) -> int:
+        return sum(buffer.nbytes for held in (self._complete, self._arriving) for _, buffer in held.values())
+
+
+def keeper_prefix(run_id: str) -> str:
+    """Return how the names of a run's keepers begin."""
+    return f"keeper-{run_id}-"
+
+
+def start_keeper(run_id: str, node_id: str, limit_bytes: int) -> Any:
+    """Return the handle of a node's keeper, which starts now or runs already; does not wait for it."""
+    actor = ray.remote(concurrency_groups=CONCURRENCY, max_concurrency=WATCH_THREADS)(SnapshotKeeper)
+    return actor.options(
+        name=keeper_prefix(run_id) + node_id,
+        namespace=NAMESPACE,
+        get_if_exists=True,
+        num_cpus=0,
+        scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False),
+    ).remote(limit_bytes)
+
+
+def keeper_nodes(run_id: str) -> set[str]:
+    """Return the ids of the nodes that have a keeper of a run, also of those that died a moment ago."""
+    prefix = keeper_prefix(run_id)
+    return {
+        actor["name"].removeprefix(prefix)
+        for actor in ray.util.list_named_actors(all_namespaces=True)
+        if actor["namespace"] == NAMESPACE and actor["name"].startswith(prefix)
+    }
+
+
+def find_keepers(run_id: str) -> dict[str, Any]:
+    """Return the handles of a run's keepers by node."""
+    found = {}
+    for node_id in keeper_nodes(run_id):
+        try:
+            found[node_id] = ray.get_actor(keeper_prefix(run_id) + node_id, namespace=NAMESPACE)
+        except ValueError:  # it died in between
+            continue
+    return found

@@ -1,0 +1,183 @@
+"""Snapshots in the memory of two nodes each: the driver's side, which starts keepers, and a training process's side."""
+
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+
+from ray_ds.logs import log_event
+from ray_ds.on_ray.keeper import PartKey, find_keepers, keeper_nodes, start_keeper
+from ray_ds.on_ray.part_transfer import open_part, send_part
+from ray_ds.train.host import Part
+
+COPIES = 2
+"""Nodes that hold a part, where there are as many."""
+MEMORY_SHARE = 0.5
+"""Of the memory that Ray counts on a node, what its keeper may hold."""
+ASK_TIMEOUT_S = 1.0
+"""Patience with a keeper that is asked what it has: its node may be dead before Ray knows."""
+REFRESH_TIMEOUT_S = 0.1
+"""The same where the question comes again in a second."""
+
+
+class KeeperFleet:
+    """The keepers of a run; they end with this process, or by `shutdown`."""
+
+    def __init__(self, run_id: str) -> None:
+        self._run_id = run_id
+        self._keepers: dict[str, Any] = {}
+
+    def refresh(self) -> None:
+        """Start keepers on nodes that are new and can have workers, forget those that died, drop outdated parts.
+
+        Waits for nobody; meant to be called every second or so.
+        """
+        memory = {
+            node["NodeID"]: int(node["Resources"].get("memory", 0.0) * MEMORY_SHARE)
+            for node in ray.nodes()
+            if node["Alive"] and (node["Resources"].get("CPU") or node["Resources"].get("GPU"))
+        }
+        for node_id in self._keepers.keys() - memory.keys():
+            del self._keepers[node_id]
+        for node_id in memory.keys() - keeper_nodes(self._run_id):
+            self._keepers[node_id] = start_keeper(self._run_id, node_id, memory[node_id])
+        newest = _newest_whole(_inventories(self._keepers, timeout_s=REFRESH_TIMEOUT_S).values())
+        if newest is not None:
+            for keeper in self._keepers.values():
+                keeper.drop_before.remote(newest[0].attempt, newest[0].number)
+
+    def bytes(self) -> dict[str, int]:
+        """Return how much memory the keepers' parts take, by node; silent keepers are left out."""
+        return _ask({node_id: keeper.bytes.remote() for node_id, keeper in self._keepers.items()})
+
+    def shutdown(self) -> None:
+        """End the keepers, and with them what they keep."""
+        for keeper in self._keepers.values():
+            ray.kill(keeper)
+        self._keepers.clear()
+
+
+class Keepers:
+    """A training process's way to the keepers of its run.
+
+    Args:
+        run_id: as the driver's `KeeperFleet` has it.
+        rank: number of this process.
+        nodes: Ray's id of each process's node, by rank.
+        attempt: number of the worker group; greater than those of earlier groups of the run.
+    """
+
+    def __init__(self, run_id: str, *, rank: int, nodes: Sequence[str], attempt: int) -> None:
+        self._run_id, self._rank, self._world_size, self._attempt = run_id, rank, len(nodes), attempt
+        self._homes = _homes(nodes, rank)
+        self._number = 0
+        self._sent: Future[None] | None = None
+
+    def put(self, part: Part) -> None:
+        """Hand over this process's part; returns before it has arrived, after the last one has.
+
+        A part that could not arrive is told in the log, and by `wait`: training goes on without it.
+        """
+        try:
+            self.wait()
+        except OSError as error:
+            log_event("snapshot_lost", rank=self._rank, reason=str(error))
+        self._number += 1
+        self._sent = Future()
+        threading.Thread(target=self._send, args=(part, self._number, self._sent), daemon=True).start()
+
+    @property
+    def is_sending(self) -> bool:
+        """Whether a part is on its way now."""
+        return self._sent is not None and not self._sent.done()
+
+    def wait(self) -> None:
+        """Wait until what was put last has arrived.
+
+        Raises:
+            OSError: it cannot arrive, for the memory that was to hold it is gone or full.
+        """
+        if self._sent is not None:
+            self._sent.result()
+
+    def newest_whole(self) -> int | None:
+        """Return the newest step of which all parts are to be had; keepers that do not answer at once are left out."""
+        newest = _newest_whole(_inventories(find_keepers(self._run_id)).values())
+        return newest[0].step if newest is not None else None
+
+    def fetch(self, step: int) -> list[Part]:
+        """Return all parts of a step, by rank. A tensor travels when it is first looked up, and stays.
+
+        Raises:
+            LookupError: they are no longer all there. Looking up a tensor may raise it later.
+        """
+        keepers = find_keepers(self._run_id)
+        holders: dict[PartKey, list[Any]] = {}
+        for node_id, keys in _inventories(keepers).items():
+            for key in keys:
+                # This node's own keeper is asked first: nothing has to travel.
+                place = 0 if node_id == self._homes[0] else len(keepers)
+                holders.setdefault(key, []).insert(place, keepers[node_id])
+        newest = _newest_whole([[key for key in holders if key.step == step]])
+        if newest is None:
+            raise LookupError(f"no whole snapshot of step {step} is left in the memory of the nodes")
+        return [open_part(key, holders[key]) for key in newest]
+
+    def _send(self, part: Part, number: int, sent: "Future[None]") -> None:
+        """Send a part to the keepers of two nodes, and note in `sent` that it has arrived or why it did not."""
+        try:
+            key = PartKey(
+                attempt=self._attempt, number=number, step=part.step, world_size=self._world_size, rank=self._rank
+            )
+            wanted = min(COPIES, len(self._homes))
+            copies = send_part(part, key, self._takers(), copies=wanted)
+            if copies < wanted:
+                raise OSError(f"{copies} of {wanted} copies of step {part.step} found memory on a living node")
+            sent.set_result(None)
+        except BaseException as error:
+            sent.set_exception(error if isinstance(error, OSError) else OSError(str(error)))
+
+    def _takers(self) -> Iterator[Any]:
+        """Yield the keepers that this process's parts go to: its own node's, then the next nodes' in the ring."""
+        keepers = find_keepers(self._run_id)
+        yield from (keepers[node_id] for node_id in self._homes if node_id in keepers)
+
+
+def _homes(nodes: Sequence[str], rank: int) -> list[str]:
+    """Return the nodes that have processes, each once, as a ring that begins at this process's own."""
+    ring = list(dict.fromkeys(nodes))
+    own = ring.index(nodes[rank])
+    return ring[own:] + ring[:own]
+
+
+def _ask(questions: Mapping[str, Any], timeout_s: float = ASK_TIMEOUT_S) -> dict[str, Any]:
+    """Return keepers' answers by node; those that are gone or silent are left out."""
+    answers: dict[str, Any] = {}
+    if not questions:
+        return answers
+    ready, _ = ray.wait(list(questions.values()), num_returns=len(questions), timeout=timeout_s)
+    for node_id, question in questions.items():
+        if question in ready:
+            try:
+                answers[node_id] = ray.get(question)
+            except RayError:  # its node died
+                continue
+    return answers
+
+
+def _inventories(keepers: Mapping[str, Any], timeout_s: float = ASK_TIMEOUT_S) -> dict[str, list[PartKey]]:
+    """Return the complete parts of each keeper that answers, by node."""
+    return _ask({node_id: keeper.inventory.remote() for node_id, keeper in keepers.items()}, timeout_s)
+
+
+def _newest_whole(inventories: Iterable[Iterable[PartKey]]) -> list[PartKey] | None:
+    """Return the parts of the newest snapshot of which all parts are there, by rank."""
+    wholes: dict[tuple[int, int, int, int], set[PartKey]] = {}
+    for keys in inventories:
+        for key in keys:
+            wholes.setdefault(key.whole, set()).add(key)
+    found = [parts for parts in wholes.values() if len(parts) == next(iter(parts)).world_size]
+    return sorted(max(found, key=min)) if found else None

@@ -1,0 +1,56 @@
+"""What the processes tell each other once a step, so that all of them do the same next."""
+
+from dataclasses import astuple, dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ray_ds.train.host import Request
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Word:
+    """What one process has to say; of all processes' words the largest of each field counts."""
+
+    request: Request
+    """What it was asked for."""
+    has_failed: bool
+    """It could not write its part of the last checkpoint."""
+    is_sending: bool
+    """A part of a snapshot of its was on its way since the step before."""
+    step_s: float
+    """Time of its last step alone."""
+    stall_s: float
+    """Time after that step in which it packed a snapshot and handed it over."""
+    other_s: float
+    """Time after that step that went into validation, checkpoints and the like."""
+    memory_bytes: int
+    """The most memory it has had."""
+
+
+def agree(loss_sum: Tensor, word: Word) -> tuple[float, Word]:
+    """Return the sum of all processes' losses and their common word, the same on each; all call this together.
+
+    One collective of eight numbers a process. The losses are added in fp64 in the order of the ranks, so the result
+    does not depend on how a library reduces.
+
+    Args:
+        loss_sum: fp64 scalar on the device of the process group, summed over this process's micro-batches.
+    """
+    fields = torch.tensor([float(value) for value in astuple(word)], dtype=torch.double)
+    mine = torch.cat([loss_sum.reshape(1), fields.to(loss_sum.device, non_blocking=True)])  # (8,)
+    words = torch.empty(dist.get_world_size() * len(mine), dtype=torch.double, device=loss_sum.device)
+    dist.all_gather_into_tensor(words, mine)
+    rows = words.view(-1, len(mine)).tolist()  # waits for the device, once a step
+    losses, requests, failures, sendings, steps, stalls, others, memories = zip(*rows, strict=True)
+    common = Word(
+        request=Request(int(max(requests))),
+        has_failed=any(failures),
+        is_sending=any(sendings),
+        step_s=max(steps),
+        stall_s=max(stalls),
+        other_s=max(others),
+        memory_bytes=int(max(memories)),
+    )
+    return sum(losses), common

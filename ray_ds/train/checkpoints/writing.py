@@ -1,0 +1,290 @@
+"""How one rank writes its share of one checkpoint, and how rank 0 makes it count. No collective: files tell."""
+
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import Tensor
+
+from ray_ds import storage
+from ray_ds.artifacts import FileInfo
+from ray_ds.errors import RayDsError
+from ray_ds.logs import log_event
+from ray_ds.train.checkpoints import folders
+from ray_ds.train.checkpoints.commit import (
+    COMMITTED,
+    METRICS,
+    DamageError,
+    RankPart,
+    assemble,
+    checkpoint_uri,
+    hash_bytes,
+    rank_json,
+    read_commit,
+    read_part,
+    seal,
+)
+from ray_ds.train.checkpoints.tensor_file import write_tensors
+from ray_ds.train.host import Part
+
+FILE_BYTES = 2 << 30
+"""A file that has reached it gets no further tensor."""
+FIRST_LOOK_S, LAST_LOOK_S = 0.01, 1.0
+"""Time between looks for other ranks' files, which grows from the first to the last."""
+PATIENCE = 1.25
+"""How much longer than rank 0 the others wait, so that rank 0's word comes first."""
+FAILURES = (OSError, RayDsError)
+"""What storage raises when it is full, refuses or does not answer."""
+
+
+class GivenUpError(RayDsError):
+    """A checkpoint will not be finished; the message says why."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Writing:
+    """One rank's work on one checkpoint."""
+
+    root: str
+    attempt: str
+    part: Part
+    metrics: str
+    validation_loss: float | None
+    keep: int
+    keep_best: bool
+    timeout_s: float
+    abandoned: threading.Event = field(default_factory=threading.Event)
+    reason_to_abandon: str = ""
+    waits_for: str = "its own files"
+    """What is missing, for who gets impatient."""
+    _is_published: bool = False
+    """Whether rank 0 may count on this rank's files."""
+    _is_given_up: bool = False
+    """Whether rank 0 said that it will not make the checkpoint count."""
+    _is_doubtful: bool = False
+    """Whether the checkpoint may count though writing its last file failed."""
+    _paths: list[str] = field(default_factory=list)
+    """Files written or begun, below the checkpoint's folder."""
+
+    @property
+    def uri(self) -> str:
+        """The checkpoint's folder."""
+        return checkpoint_uri(self.root, self.part.step)
+
+    def run(self) -> None:
+        """Write the rank's files; return when the checkpoint counts.
+
+        Raises:
+            OSError: storage failed.
+            RayDsError: storage failed, or the checkpoint was given up.
+        """
+        started = time.monotonic()
+        try:
+            if self.part.rank == 0:
+                self._tidy()
+            self._publish(self._write_files())
+            if self.part.rank == 0:
+                self._commit(started)
+            else:
+                self._await_commit(started)
+        except FAILURES as error:
+            self._clean_up(str(error))
+            raise
+
+    def _write_files(self) -> RankPart:
+        """Write the rank's files and return what its JSON file says of them."""
+        part = self.part
+        files: list[FileInfo] = []
+        tensors: dict[str, str] = {}
+        versions = {name: tensor._version for name, tensor in part.tensors.items()}
+        for path, group in self._divide():
+            self._paths.append(path)
+            files.append(write_tensors(self.uri, path, group))
+            tensors |= dict.fromkeys(group, path)
+        if part.rank == 0:
+            files.append(self._write_metrics())
+        changed = [name for name, tensor in part.tensors.items() if tensor._version != versions[name]]
+        assert not changed, f"{changed} of step {part.step} were overwritten while they were written"
+        assert isinstance(part.index, dict), "train.packing makes it so"
+        return RankPart(
+            step=part.step,
+            attempt=self.attempt,
+            rank=part.rank,
+            world_size=part.world_size,
+            validation_loss=self.validation_loss,
+            files=tuple(files),
+            tensors=tensors,
+            index=part.index,
+        )
+
+    def _divide(self) -> Iterator[tuple[str, Mapping[str, Tensor]]]:
+        """Yield the rank's files and the tensors that go into each."""
+        groups: list[dict[str, Tensor]] = []
+        # Large elements first, so that all lie at multiples of their size.
+        for name, tensor in sorted(self.part.tensors.items(), key=lambda item: -item[1].itemsize):
+            if not groups or sum(other.nbytes for other in groups[-1].values()) + tensor.nbytes > FILE_BYTES:
+                groups.append({})
+            groups[-1][name] = tensor
+        for number, group in enumerate(groups):
+            end = "" if len(groups) == 1 else f"-{number:05d}"
+            yield f"{self.attempt}/rank-{self.part.rank:05d}{end}.safetensors", group
+
+    def _write_metrics(self) -> FileInfo:
+        path = f"{self.attempt}/{METRICS}"
+        self._paths.append(path)
+        data = self.metrics.encode()
+        storage.write_bytes(storage.join(self.uri, path), data)
+        return FileInfo(path=path, bytes=len(data), sha256=hash_bytes(data))
+
+    def _publish(self, said: RankPart) -> None:
+        """Write the rank's JSON file; from then on rank 0 counts on its files."""
+        if not storage.is_remote(self.root):
+            folder = storage.local_path(self.uri)
+            # A rank without tensors has no folder yet.
+            (folder / self.attempt).mkdir(parents=True, exist_ok=True)
+            for parent in (folder / self.attempt, folder, folder.parent):
+                _sync_folder(parent)
+        path = rank_json(self.attempt, self.part.rank)
+        self._paths.append(path)
+        # Before it is written: a write that seems to fail may have come through.
+        self._is_published = True
+        storage.write_bytes(storage.join(self.uri, path), seal(said))
+
+    def _looks(self, started: float, timeout_s: float) -> Iterator[None]:
+        """Yield until time is up, with growing pauses, and then give up."""
+        pause = FIRST_LOOK_S
+        while True:
+            yield
+            if self.abandoned.wait(pause):
+                raise GivenUpError(self.reason_to_abandon)
+            if time.monotonic() - started > timeout_s:
+                raise GivenUpError(f"{self.waits_for} missing after {timeout_s:.5g} s")
+            pause = min(pause * 1.5, LAST_LOOK_S)
+
+    def _commit(self, started: float) -> None:
+        """Wait for all ranks' parts, make the checkpoint count, delete old ones."""
+        found: dict[int, tuple[RankPart, FileInfo]] = {}
+        for _ in self._looks(started, self.timeout_s):
+            # Storage that does not answer now may do so at the next look.
+            with contextlib.suppress(OSError):
+                self._look_for_parts(found)
+            missing = [rank for rank in range(self.part.world_size) if rank not in found]
+            self.waits_for = "the parts of ranks " + ", ".join(map(str, missing))
+            if not missing:
+                break
+        self.waits_for = COMMITTED
+        try:
+            commit = assemble(list(found.values()))
+        except DamageError as error:
+            raise GivenUpError(str(error)) from error
+        self._write_commit(seal(commit))
+        seconds = time.monotonic() - started
+        log_event("checkpoint", step=commit.step, bytes=sum(info.bytes for info in commit.files), seconds=seconds)
+        self._tidy()
+        self._tidy_old()
+
+    def _look_for_parts(self, found: dict[int, tuple[RankPart, FileInfo]]) -> None:
+        """Add the ranks' parts that have come.
+
+        Raises:
+            GivenUpError: a rank has failed.
+        """
+        listed = {entry.path for entry in storage.list_files(storage.join(self.uri, self.attempt))}
+        for rank in range(self.part.world_size):
+            if _failed_file(rank) in listed:
+                raise GivenUpError(f"rank {rank}: {self._read_reason(rank)}")
+            path = rank_json(self.attempt, rank)
+            if rank not in found and path.split("/")[1] in listed:
+                try:
+                    found[rank] = read_part(self.uri, path)
+                except DamageError as error:
+                    raise GivenUpError(str(error)) from error
+
+    def _write_commit(self, data: bytes) -> None:
+        try:
+            storage.write_bytes(storage.join(self.uri, COMMITTED), data)
+        except FAILURES:
+            # The last file may be there all the same; then the checkpoint counts, and its files must stay.
+            self._is_doubtful = True
+            is_there = self._is_committed()
+            self._is_doubtful = False
+            if not is_there:
+                raise
+
+    def _is_committed(self) -> bool:
+        try:
+            commit = read_commit(self.root, self.part.step)
+        except DamageError:
+            return False
+        return commit is not None and commit.attempt == self.attempt
+
+    def _await_commit(self, started: float) -> None:
+        """Wait until rank 0 has made the checkpoint count.
+
+        Raises:
+            GivenUpError: it will not.
+        """
+        self.waits_for = f"{COMMITTED} of rank 0"
+        folder = storage.join(self.uri, self.attempt)
+        for _ in self._looks(started, self.timeout_s * PATIENCE):
+            with contextlib.suppress(OSError):
+                if self._is_committed():
+                    return
+                if storage.exists(storage.join(folder, _failed_file(0))):
+                    self._is_given_up = True
+                    raise GivenUpError(self._read_reason(0))
+                if not storage.exists(storage.join(self.uri, rank_json(self.attempt, self.part.rank))):
+                    self._is_given_up = not self._is_committed()
+                    if self._is_given_up:
+                        raise GivenUpError("rank 0 gave it up")
+                    return
+
+    def _read_reason(self, rank: int) -> str:
+        return storage.read_bytes(storage.join(self.uri, self.attempt, _failed_file(rank))).decode()
+
+    def _tidy(self) -> None:
+        """Delete what earlier attempts left; that it cannot be deleted harms nothing but the space it takes."""
+        try:
+            folders.delete_torn(self.root, step=self.part.step, attempt=self.attempt)
+        except FAILURES as error:
+            log_event("checkpoint_left_over", root=self.root, reason=error)
+
+    def _tidy_old(self) -> None:
+        try:
+            folders.delete_old(self.root, keep=self.keep, keep_best=self.keep_best)
+        except FAILURES as error:
+            log_event("checkpoint_left_over", root=self.root, reason=error)
+
+    def _clean_up(self, reason: str) -> None:
+        """Free the space of a checkpoint that will not be finished, and tell the other ranks."""
+        if self._is_doubtful:
+            return
+        rank, folder = self.part.rank, storage.join(self.uri, self.attempt)
+        # Whoever has published must leave its files until rank 0 has given up: they may belong to a checkpoint.
+        with contextlib.suppress(*FAILURES):
+            if rank == 0:
+                storage.delete_folder(folder)
+            elif self._is_given_up or not self._is_published:
+                for path in self._paths:
+                    folders.delete_file(storage.join(self.uri, path))
+        if rank == 0 or not self._is_given_up:
+            with contextlib.suppress(*FAILURES):
+                storage.write_bytes(storage.join(folder, _failed_file(rank)), reason.encode())
+
+
+def _failed_file(rank: int) -> str:
+    """Return the name of the file by which a rank says that a checkpoint failed, and why."""
+    return f"rank-{rank:05d}.failed"
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a new folder's entry survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,235 @@
+"""Keeping the state of training safe and going back to it: on storage, and more often in the memory of other nodes."""
+
+import secrets
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from pydantic import JsonValue
+
+from ray_ds.errors import ArtifactError
+from ray_ds.logs import log_event
+from ray_ds.train.agreement import Word
+from ray_ds.train.cadence import SnapshotCadence
+from ray_ds.train.checkpoints import CheckpointReader, CheckpointWriter, Commit, delete_newer, find_latest
+from ray_ds.train.host import Host, Part, Request
+from ray_ds.train.metrics import Record, decode, encode
+from ray_ds.train.packing import PackedState, pack
+from ray_ds.train.task import TrainTask
+from ray_ds.train.zero.engine import Engine
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Progress:
+    """How far training is: all that a restart needs beside the engine's state."""
+
+    step: int
+    """Optimizer steps done."""
+    cursor: int
+    """Number of the next batch: the state of the data. It runs ahead of `step` by what a roll back passed over."""
+    records: Sequence[Record]
+    """Of all steps done."""
+
+
+class Safekeeping:
+    """Decides when the state is kept where, and finds the newest that is whole."""
+
+    def __init__(self, task: TrainTask, engine: Engine, host: Host) -> None:
+        """Agree with the other processes on a name for this attempt, which marks what it writes."""
+        settings = task.settings
+        self._settings, self._engine, self._host = settings, engine, host
+        self._root = task.checkpoints
+        self._attempt = _broadcast(secrets.token_hex(4))
+        self._writer = CheckpointWriter(
+            task.checkpoints,
+            rank=host.rank,
+            world_size=host.world_size,
+            keep=settings.keep_checkpoints,
+            keep_best=settings.keep_best,
+        )
+        self._store = host.snapshots if settings.snapshot_every != 0 else None
+        self._cadence = SnapshotCadence(settings.snapshot_every, is_speaking=host.rank == 0)
+        self._packed: dict[str, Part] = {}
+        self._written, self._committed = 0, 0
+        self._was_sending = False
+        self.checkpoint_s, self.snapshot_s = 0.0, 0.0
+        """Seconds that training stood still for a checkpoint, or a snapshot, after the last step."""
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether this process could not write its part of the last checkpoint."""
+        return self._writer.state == "failed"
+
+    def was_sending(self) -> bool:
+        """Tell whether a part of a snapshot was on its way since the last call."""
+        before, self._was_sending = self._was_sending, self._store is not None and self._store.is_sending
+        return before or self._was_sending
+
+    def restore(self) -> Progress | None:
+        """Load the newest state that is whole; None where there is none. All processes call this together.
+
+        Raises:
+            ArtifactError: there are checkpoints, and all are damaged.
+        """
+        commit, snapshot_step = self._choose()
+        self._committed = commit.step if commit is not None else 0
+        if snapshot_step is not None:
+            progress = self._restore_snapshot(snapshot_step, commit)
+            if progress is not None:
+                return progress
+        if commit is None:
+            return None
+        with CheckpointReader(self._root, commit) as reader:
+            self._engine.load_state(reader)
+            return self._progress(commit.step, reader.extra["cursor"], decode(reader.metrics()), source="storage")
+
+    def _choose(self) -> tuple[Commit | None, int | None]:
+        """Return the newest checkpoint, and the step of a snapshot if that is newer; rank 0 looks, its word counts."""
+        if self._host.rank:
+            nothing: tuple[Commit | None, int | None] = (None, None)
+            return _broadcast(nothing)
+        commit = find_latest(self._root)
+        step = self._store.newest_whole() if self._store is not None else None
+        is_newer = step is not None and (commit is None or step > commit.step)
+        if commit is not None:
+            delete_newer(self._root, commit.step)
+        return _broadcast((commit, step if is_newer else None))
+
+    def _restore_snapshot(self, step: int, commit: Commit | None) -> Progress | None:
+        """Load a snapshot, or return None on every process where one of them cannot: its memory may just be gone."""
+        assert self._store is not None
+        try:
+            parts = self._store.fetch(step)
+            state = PackedState(parts)
+            records = self._records_until(step, commit, state)
+            for part in parts:
+                dict(part.tensors)  # travels now: the engine's own collectives must not wait for one that fails
+        except (LookupError, ArtifactError) as error:
+            log_event("snapshot_unusable", step=step, rank=self._host.rank, reason=str(error))
+            state = None
+        if not _all_agree(state is not None, self._host.device) or state is None:
+            return None
+        self._engine.load_state(state)
+        return self._progress(step, state.extra["cursor"], records, source="memory")
+
+    def _records_until(self, step: int, commit: Commit | None, state: PackedState) -> list[Record]:
+        """Return the records of all steps before a snapshot: a checkpoint's, and those the snapshot has of later ones.
+
+        Raises:
+            LookupError: there is a gap between them.
+        """
+        records: list[Record] = []
+        if commit is not None:
+            with CheckpointReader(self._root, commit) as reader:
+                records = decode(reader.metrics())
+        late = decode(str(state.own(0)["records"]))
+        records += [record for record in late if record["step"] > len(records)]
+        if len(records) != step:
+            raise LookupError(f"records of {len(records)} steps are to be had")
+        return records
+
+    def _progress(self, step: int, cursor: JsonValue, records: Sequence[Record], *, source: str) -> Progress:
+        assert isinstance(cursor, int)
+        if self._host.rank == 0:
+            log_event("resumed", step=step, cursor=cursor, source=source, world_size=self._host.world_size)
+        return Progress(step=step, cursor=cursor, records=records)
+
+    def keep(self, progress: Progress, word: Word, *, is_last: bool) -> bool:
+        """Keep the state after a step where it is due or asked for; tell whether it is safe because it was asked for.
+
+        Raises:
+            ArtifactError: checkpoints could not be written several times in a row.
+        """
+        self.checkpoint_s, self.snapshot_s = 0.0, 0.0
+        if word.has_failed:
+            self._writer.abandon("another rank's part failed")
+        self._writer.poll()
+        self._cadence.record(word.step_s, stall_s=word.stall_s, is_sending=word.is_sending, other_s=word.other_s)
+        is_asked = word.request is not Request.NONE and not is_last
+        to_memory = self._store is not None and word.request is not Request.STOP
+        if is_last or progress.step % self._settings.checkpoint_every == 0 or (is_asked and not to_memory):
+            self._checkpoint(progress)
+        if self._store is not None and (self._cadence.is_due() or (is_asked and to_memory)):
+            self._snapshot(progress)
+        if not is_asked:
+            return False
+        if not to_memory:
+            self._writer.wait()
+        elif not _all_agree(self._has_arrived(), self._host.device):
+            self._checkpoint(progress)
+            self._writer.wait()
+        return True
+
+    def finish(self) -> None:
+        """Wait for the checkpoint that is being written."""
+        self._writer.wait()
+
+    def _checkpoint(self, progress: Progress) -> None:
+        """Start to write a checkpoint; waits for the one before it."""
+        started = time.perf_counter()
+        self._writer.join()  # the memory that the last one was packed into is used again
+        part = self._pack(progress, own={}, slot="checkpoint")
+        self._writer.start(
+            part,
+            attempt=self._attempt,
+            metrics=encode(progress.records) if self._host.rank == 0 else "",
+            validation_loss=progress.records[-1].get("validation_loss"),
+        )
+        self._written = progress.step
+        self.checkpoint_s = time.perf_counter() - started
+
+    def _snapshot(self, progress: Progress) -> None:
+        """Start to send the state to the memory of other nodes; waits for the snapshot before it."""
+        assert self._store is not None
+        started = time.perf_counter()
+        self._has_arrived()  # the memory that it was packed into is used again
+        own: dict[str, JsonValue] = {}
+        if self._host.rank == 0:
+            if self._writer.state == "idle" and self._written:
+                self._committed = self._written
+            own["records"] = encode(progress.records[self._committed :])
+        self._store.put(self._pack(progress, own=own, slot="snapshot"))
+        self._was_sending = True
+        self.snapshot_s = time.perf_counter() - started
+
+    def _has_arrived(self) -> bool:
+        """Wait for the last snapshot of this process and tell whether it arrived; without it training still goes on."""
+        assert self._store is not None
+        try:
+            self._store.wait()
+        except OSError as error:
+            log_event("snapshot_lost", rank=self._host.rank, reason=str(error))
+            return False
+        return True
+
+    def _pack(self, progress: Progress, *, own: dict[str, JsonValue], slot: str) -> Part:
+        part = pack(
+            self._engine.state(),
+            step=progress.step,
+            rank=self._host.rank,
+            world_size=self._host.world_size,
+            extra={"cursor": progress.cursor, "seed": self._settings.seed},
+            own=own,
+            out=self._packed.get(slot),
+        )
+        self._packed[slot] = part
+        return part
+
+
+def _broadcast(value: T) -> T:
+    """Return rank 0's value on every process."""
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def _all_agree(is_so: bool, device: torch.device) -> bool:
+    """Tell whether something is so on every process."""
+    word = torch.tensor(float(is_so), device=device)
+    dist.all_reduce(word, op=dist.ReduceOp.MIN)
+    return bool(word.item())
