@@ -18,7 +18,9 @@ from ray_ds.train.tracker_kinds import OPEN, TrackedRun, Tracker
 
 RETRY_S = 30.0
 CLOSE_TIMEOUT_S = 60.0
-"""How long the end of training waits for what a tracker has not taken yet."""
+"""How long the end of training waits for what trackers have not taken yet."""
+BREAK_OFF_TIMEOUT_S = 5.0
+"""The same where training is not finished: others wait to go on with it."""
 KEPT_RECORDS = 100_000
 """Records that wait for a tracker which fails, the newest ones."""
 PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb", "mlflow": "mlflow"}
@@ -37,8 +39,8 @@ class Trackers:
             feed.put(record)
 
     def close(self, *, is_finished: bool) -> None:
-        """Wait until all is kept, at most `CLOSE_TIMEOUT_S`."""
-        deadline = time.monotonic() + CLOSE_TIMEOUT_S
+        """Wait until all is kept, but not for ever."""
+        deadline = time.monotonic() + (CLOSE_TIMEOUT_S if is_finished else BREAK_OFF_TIMEOUT_S)
         for feed in self._feeds:
             feed.end(is_finished)
         for feed in self._feeds:

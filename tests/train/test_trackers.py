@@ -1,5 +1,6 @@
 """Trackers keep the figures of each step, go on with the same run, and never end training; the real packages."""
 
+import math
 import struct
 import sys
 import threading
@@ -190,9 +191,9 @@ def test_mlflow_goes_on_with_the_run_of_the_tag(tmp_path: Path, mlflow_client: A
     assert [run.info.status for run in find_runs()] == ["KILLED"]
     track("mlflow", make_run(tmp_path, steps_done=60), range(61, 81))
     other = TrackedRun(output=str(tmp_path / "pretrain" / "other"), settings=SETTINGS, steps_done=0)
-    track("mlflow", other, [1])
+    track("mlflow", other, [1], factor=float("nan"))  # the loss of a skipped step
     runs = {run.data.tags["ray_ds.digest"]: run for run in find_runs()}
-    assert set(runs) == {"0123456789abcdef", "other"}
+    assert set(runs) == {"0123456789abcdef", "other"} and math.isnan(runs["other"].data.metrics["loss"])
     run = runs["0123456789abcdef"]
     assert (run.info.status, run.info.run_name) == ("FINISHED", "pretrain-01234567")
     assert run.data.params == {"seq_len": "16", "optimizer.kind": "adamw", "optimizer.lr": "0.01"}
@@ -236,19 +237,20 @@ def test_a_server_that_comes_back_gets_what_it_missed_and_is_complained_of_once(
 
 
 @pytest.mark.shows("TensorBoard, W&B and MLflow follow a run over restarts; a dead server never slows or ends training")
+@pytest.mark.parametrize("is_finished", [True, False])
 def test_a_server_that_never_answers_stops_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, events: list[tuple[str, dict[str, object]]]
+    is_finished: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, events: list[tuple[str, dict[str, object]]]
 ) -> None:
     is_over = threading.Event()
     monkeypatch.setattr(trackers, "OPEN", {"mlflow": lambda run: is_over.wait(60.0), "tensorboard": lambda run: 1 // 0})
-    monkeypatch.setattr(trackers, "CLOSE_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(trackers, "CLOSE_TIMEOUT_S" if is_finished else "BREAK_OFF_TIMEOUT_S", 0.2)
     tracked = Trackers(["mlflow", "tensorboard"], make_run(tmp_path))
     started = time.monotonic()
     for step in range(1, 1001):
         tracked.log({"step": step})
     assert time.monotonic() - started < 0.5
-    tracked.close(is_finished=True)
-    assert time.monotonic() - started < 5.0
+    tracked.close(is_finished=is_finished)
+    assert time.monotonic() - started < 4.0
     is_over.set()
     names = sorted(name for name, _ in events)
     assert names == ["tracker_failed", "tracker_left_behind"]
