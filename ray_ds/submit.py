@@ -3,8 +3,10 @@
 import asyncio
 import logging
 import os
+import re
 import secrets
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +21,18 @@ from ray_ds.logs import parse_progress
 from ray_ds.recipe import Step
 
 POLL_S = 0.5
+IN_BAR = {
+    "loss": "loss {:.4g}",
+    "validation_loss": "validation {:.4g}",
+    "tokens_per_s": "{:,.0f} tokens/s",
+    "mfu": "{:.0%} MFU",
+    "goodput": "{:.0%} goodput",
+    "world_size": "workers {:.0f}",
+    "restarts": "restarts {:.0f}",
+}
+"""How a bar words the figures of training."""
+LOG_ONLY = ("lr", "grad_norm", "max_violation", "loss_scale")
+"""Figures for which a bar has no room."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,10 +161,28 @@ class _LogPrinter:
         if self._bar is None or self._bar.desc != step:
             if self._bar is not None:
                 self._bar.close()
-            self._bar = tqdm(total=total, desc=step, leave=True)
+            # Every line moves the bar, and the rate is not that of the steps that were done before this job.
+            self._bar = tqdm(total=total, desc=step, initial=done, mininterval=0, miniters=0, leave=True)
+        elif done < self._bar.n:
+            tqdm.write(f"{step} went back from {self._bar.n} to {done} of {total}")
+            self._bar.n = self._bar.last_print_n = done
+            self._bar.last_print_t = time.time()  # the rate is not that of the time without steps either
         self._bar.total = total
-        self._bar.set_postfix_str(fields, refresh=False)
+        self._bar.set_postfix_str(_words(fields), refresh=False)
         self._bar.update(done - self._bar.n)
+        self._bar.refresh()
+
+
+def _words(fields: str) -> str:
+    """Return the fields of a progress line as a bar shows them."""
+    words = []
+    for field in re.split(r" (?=\w+=)", fields):
+        name, _, value = field.partition("=")
+        if name in IN_BAR:
+            words.append(IN_BAR[name].format(float(value)))
+        elif name not in LOG_ONLY:
+            words.append(field)
+    return ", ".join(words)
 
 
 def check_overrides(arguments: Sequence[str]) -> tuple[str, ...]:

@@ -80,3 +80,26 @@ def test_a_job_log_shows_lines_and_a_terminal_a_bar(capsys: pytest.CaptureFixtur
     assert "progress" not in shown.out and "start" in shown.out and "end" in shown.out
     assert "train" in shown.err and "4/4" in shown.err
     assert shown.err.count("\n") == 1  # one bar, whatever it is told
+
+
+def test_a_bar_begins_where_a_job_goes_on_and_moves_back_after_a_restart(capsys: pytest.CaptureFixture[str]) -> None:
+    bar = submit._LogPrinter(is_terminal=True)
+    bar.feed("progress step=train done=500 total=1000 loss=2.5\n")
+    assert bar._bar.initial == 500 and "500/1000" in capsys.readouterr().err
+    bar.feed("progress step=train done=600 total=1000 loss=2.25 restarts=0\n")
+    assert "600/1000" in capsys.readouterr().err
+    bar.feed("progress step=train done=510 total=1000 loss=2.5 restarts=1\n")
+    shown = capsys.readouterr()
+    assert shown.out == "train went back from 600 to 510 of 1000\n"
+    assert "510/1000" in shown.err and "restarts 1" in shown.err
+    bar.feed("progress step=train done=511 total=1000 loss=2.5 restarts=1\n")
+    assert "511/1000" in capsys.readouterr().err
+    bar.close()
+
+
+def test_a_bar_words_the_figures_of_training_and_leaves_others_as_they_are() -> None:
+    fields = "loss=2.34567 validation_loss=2.5 tokens_per_s=1.2346e+05 mfu=0.412 goodput=0.98 world_size=2 restarts=1"
+    words = "loss 2.346, validation 2.5, 123,460 tokens/s, 41% MFU, 98% goodput, workers 2, restarts 1"
+    assert submit._words(f"{fields} lr=0.001 grad_norm=1") == words
+    assert submit._words('documents=12 last="a b" kept=0.5') == 'documents=12, last="a b", kept=0.5'
+    assert submit._words("") == ""

@@ -37,7 +37,7 @@ FIELDS: Mapping[str, str] = {
     "max_violation": "How far the busiest expert of the worst layer lies above the mean, as a part of the mean",
     "max_load": "Tokens of the busiest expert of any layer, as a multiple of the layer's mean",
     "min_load": "Tokens of the idlest expert of any layer, as a multiple of the layer's mean",
-    "memory_bytes": "Peak memory of rank 0: the GPU's that torch took, or resident memory on a CPU",
+    "memory_bytes": "Peak memory of the worker with the most: the GPU's that torch took, or resident memory on a CPU",
     "checkpoint_s": "Seconds that training stood still for the last checkpoint",
     "snapshot_s": "Seconds that training stood still for the last snapshot",
     "loss_scale": "What fp16 multiplies the loss by",
@@ -218,7 +218,7 @@ def draw_curve(records: Sequence[Record]) -> bytes:
 
     figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
     has_workers = any("world_size" in record for record in records)
-    heights = (6, 2, 1) if has_workers else (6, 2)
+    heights = (6, 2, 1.5) if has_workers else (6, 2)
     axes = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
     upper, middle, lowest = axes[0], axes[1], axes[-1]
     tokens = [record["tokens"] for record in records]

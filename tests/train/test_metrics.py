@@ -61,6 +61,15 @@ def test_last_sign_of_an_earlier_process_survives_the_cut_and_a_torn_line(tmp_pa
     assert decode(file.read_text()) == [{"step": 1, "time": 10.5}]
 
 
+def test_going_back_drops_later_records_from_the_live_file_too(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    log = MetricsLog(RECORDS[:4], file)
+    log.go_back(2)
+    log.append({"step": 3, "loss": 9.0})
+    log.close()
+    assert decode(file.read_text()) == log.records == [*RECORDS[:2], {"step": 3, "loss": 9.0}]
+
+
 def test_rate_and_mfu_follow_from_the_duration() -> None:
     work = Work(batch_tokens=1000, flops_per_token=3e6, world_size=2, peak_flops=1e9)
     assert work.figures(7, 2.0) == {
