@@ -1,8 +1,9 @@
-"""The keeper of a node: an actor whose memory holds parts of snapshots, outside the processes that made them."""
+"""The keeper of a node: an actor outside the training processes that holds parts of snapshots and sees who is hung."""
 
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -12,7 +13,9 @@ import xxhash
 from pydantic import JsonValue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from ray_ds.on_ray.hang_watch import Beat
 from ray_ds.on_ray.session import NAMESPACE
+from ray_ds.train.stacks import ProcessView, kill_process, view_process
 
 F = TypeVar("F", bound=Callable[..., Any])
 Bytes = npt.NDArray[np.uint8]
@@ -81,7 +84,8 @@ def bulk(method: F) -> F:
 class SnapshotKeeper:
     """Parts in memory: of each process the newest two that are complete, and one that is arriving.
 
-    As an actor it lives as long as the driver that started it and its node.
+    It also knows where the training processes of its node are, and sees them from outside. As an actor it lives as long
+    as the driver that started it and its node.
 
     Args:
         limit_bytes: a part that would need more is refused.
@@ -91,6 +95,7 @@ class SnapshotKeeper:
         self._limit_bytes = limit_bytes
         self._complete: dict[PartKey, tuple[PartHeader, Bytes]] = {}
         self._arriving: dict[PartKey, tuple[PartHeader, Bytes]] = {}
+        self._beats: dict[int, tuple[Beat, float]] = {}
         self._lock = threading.Lock()
 
     def begin(self, header: PartHeader) -> bool:
@@ -159,6 +164,36 @@ class SnapshotKeeper:
         """Return how much memory the parts take."""
         with self._lock:
             return self._bytes()
+
+    def beat(self, beat: Beat) -> None:
+        """Note where a process of this node is; who comes from an older worker group than others is ignored."""
+        with self._lock:
+            newest = max((known.attempt for known, _ in self._beats.values()), default=beat.attempt)
+            if beat.attempt > newest:
+                self._beats.clear()
+            if beat.attempt >= newest:
+                known, since = self._beats.get(beat.rank, (None, 0.0))
+                self._beats[beat.rank] = (beat, since if beat == known else time.monotonic())
+
+    def leave(self, attempt: int, rank: int) -> None:
+        """Forget a process that has ended well."""
+        with self._lock:
+            if rank in self._beats and self._beats[rank][0].attempt == attempt:
+                del self._beats[rank]
+
+    def beats(self) -> list[Beat]:
+        """Return where this node's processes are, and for how long they have been there."""
+        now = time.monotonic()
+        with self._lock:
+            return [replace(beat, silent_s=now - since) for beat, since in self._beats.values()]
+
+    def view(self, pid: int) -> ProcessView:
+        """Return what a process of this node is doing."""
+        return view_process(pid)
+
+    def kill(self, pid: int, started: int) -> bool:
+        """Kill a process of this node; tell whether it was there."""
+        return kill_process(pid, started)
 
     def _bytes(self) -> int:
         return sum(buffer.nbytes for held in (self._complete, self._arriving) for _, buffer in held.values())

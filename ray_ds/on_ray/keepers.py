@@ -3,15 +3,19 @@
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 from ray.exceptions import RayError
 
 from ray_ds.logs import log_event
+from ray_ds.on_ray.hang_watch import Beat
 from ray_ds.on_ray.keeper import PartKey, find_keepers, keeper_nodes, start_keeper
 from ray_ds.on_ray.part_transfer import open_part, send_part
 from ray_ds.train.host import Part
+from ray_ds.train.stacks import ProcessView
+
+K = TypeVar("K")
 
 COPIES = 2
 """Nodes that hold a part, where there are as many."""
@@ -19,6 +23,9 @@ MEMORY_SHARE = 0.5
 """Of the memory that Ray counts on a node, what its keeper may hold."""
 ASK_TIMEOUT_S = 1.0
 """Patience with a keeper that is asked what it has: its node may be dead before Ray knows."""
+VIEW_TIMEOUT_S = 30.0
+"""The same for stack traces of many processes of a node."""
+KILL_TIMEOUT_S = 5.0
 REFRESH_TIMEOUT_S = 0.1
 """The same where the question comes again in a second."""
 
@@ -52,6 +59,27 @@ class KeeperFleet:
     def bytes(self) -> dict[str, int]:
         """Return how much memory the keepers' parts take, by node; silent keepers are left out."""
         return _ask({node_id: keeper.bytes.remote() for node_id, keeper in self._keepers.items()})
+
+    def beats(self) -> list[Beat]:
+        """Return where the training processes are; those of silent nodes are left out."""
+        answers = _ask({node_id: keeper.beats.remote() for node_id, keeper in self._keepers.items()})
+        return [beat for beats in answers.values() for beat in beats]
+
+    def view(self, beats: Sequence[Beat]) -> dict[int, ProcessView]:
+        """Return what processes are doing, by rank; those of silent nodes are left out."""
+        asked = {
+            beat.rank: self._keepers[beat.node_id].view.remote(beat.pid)
+            for beat in beats
+            if beat.node_id in self._keepers
+        }
+        return _ask(asked, VIEW_TIMEOUT_S)
+
+    def kill(self, beat: Beat) -> bool:
+        """Kill a process; tell whether it was there and is dead now."""
+        keeper = self._keepers.get(beat.node_id)
+        return keeper is not None and _ask({0: keeper.kill.remote(beat.pid, beat.started)}, KILL_TIMEOUT_S).get(
+            0, False
+        )
 
     def shutdown(self) -> None:
         """End the keepers, and with them what they keep."""
@@ -153,16 +181,16 @@ def _homes(nodes: Sequence[str], rank: int) -> list[str]:
     return ring[own:] + ring[:own]
 
 
-def _ask(questions: Mapping[str, Any], timeout_s: float = ASK_TIMEOUT_S) -> dict[str, Any]:
-    """Return keepers' answers by node; those that are gone or silent are left out."""
-    answers: dict[str, Any] = {}
+def _ask(questions: Mapping[K, Any], timeout_s: float = ASK_TIMEOUT_S) -> dict[K, Any]:
+    """Return keepers' answers, named as the questions are; those that are gone or silent are left out."""
+    answers: dict[K, Any] = {}
     if not questions:
         return answers
     ready, _ = ray.wait(list(questions.values()), num_returns=len(questions), timeout=timeout_s)
-    for node_id, question in questions.items():
+    for name, question in questions.items():
         if question in ready:
             try:
-                answers[node_id] = ray.get(question)
+                answers[name] = ray.get(question)
             except RayError:  # its node died
                 continue
     return answers
