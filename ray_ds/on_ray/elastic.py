@@ -1,0 +1,336 @@
+"""Elastic training on Ray Train's hooks: how many workers, when they change, and what a lost one costs.
+
+All that leans on private parts of Ray (2.60) is here; `tests/on_ray/test_elastic.py` has the contract. The setting
+`scaling = "stock"` goes without this file. What Ray Train's own policy does not do: it restarts workers without a
+word, so that the work since the last checkpoint is lost; it counts nodes that drain or just died; it looks for new
+nodes every 20 s and waits a minute for a dead one.
+"""
+
+import logging
+import os
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray._private.state import state as ray_state
+from ray.train import FailureConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch.config import _TorchBackend
+from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError
+from ray.train.v2._internal.execution.callback import WorkerGroupCallback
+from ray.train.v2._internal.execution.failure_handling import FailureDecision
+from ray.train.v2._internal.execution.failure_handling.default import DefaultFailurePolicy, _is_preemption_failure
+from ray.train.v2._internal.execution.scaling_policy import NoopDecision
+from ray.train.v2._internal.execution.scaling_policy.elastic import ElasticScalingPolicy
+from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
+
+from ray_ds.on_ray.board import Look
+from ray_ds.on_ray.sizing import Node, Settled, Sizes, room, workers_that_fit
+from ray_ds.train.host import Request
+
+NODE_LABEL = "ray.io/node-id"
+CONTROLLER_ENV = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # it would wait for the node's end before it restarts anything
+}
+"""Ray Train reads these in the driver and passes them on; what the user set stays."""
+SETTLE_S = 2.0
+"""Time that more room must last before workers are added."""
+FREE_WAIT_S = 3.0
+"""Time to wait, before workers start, for resources that the cluster has and something else still holds."""
+PROBE_TIMEOUT_S = 2.0
+"""Enough for one lost packet; a stopped process still accepts, and a dead one refuses at once."""
+CALL_TIMEOUT_S = 10.0
+STACKS_TIMEOUT_S = 5.0
+
+logger = logging.getLogger("ray.train")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """What the policies go by."""
+
+    sizes: Sizes
+    grow_pause_s: float
+    hang_timeout_s: float
+    max_failures: int
+
+
+class ElasticTorchTrainer(TorchTrainer):  # type: ignore[misc, unused-ignore]
+    """A `TorchTrainer` whose workers are scaled and replaced by this file's policies."""
+
+    def __init__(self, *args: Any, plan: Plan, board: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._plan = plan
+        self._board = board
+
+    def _initialize_and_run_controller(self, **options: Any) -> Any:
+        options["scaling_policy"] = GracefulElasticPolicy(self.scaling_config, self._plan, self._board)
+        options["failure_policy"] = BoundedFailurePolicy(self._plan, self._board)
+        options["callbacks"] = [*options["callbacks"], _EndUnfinishedAtOnce()]
+        with _environment(CONTROLLER_ENV):
+            return super()._initialize_and_run_controller(**options)
+
+
+@contextmanager
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Set what is not set of some variables, for a while."""
+    added = {name: value for name, value in values.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)
+
+
+class GracefulElasticPolicy(ElasticScalingPolicy):  # type: ignore[misc, unused-ignore]
+    """Grows when nodes have joined and leaves those that drain, both only once the workers' state is safe.
+
+    It shrinks for no other reason; lost workers are the failure policy's. It runs in Ray Train's controller, which
+    asks it twice a second.
+    """
+
+    def __init__(self, scaling_config: Any, plan: Plan, board: Any) -> None:
+        super().__init__(scaling_config)
+        self._plan = plan
+        self._board = board
+        self._need: dict[str, float] = scaling_config._resources_per_worker_not_none
+        self._settled = Settled(SETTLE_S)
+        self._held: Counter[str] = Counter()
+        """Workers by node."""
+        self._chosen: list[str] = []
+        """Nodes that the next group is placed on."""
+        self._asked_at: float | None = None
+        self._next_growth_at = 0.0
+        self._waiting_since: float | None = None
+
+    def make_decision_for_non_running_worker_group(self) -> Any:
+        """Start as many workers as living nodes hold, as soon as the least number fits."""
+        self._maybe_send_resource_request()
+        if self._look().request is Request.STOP:
+            raise StoppedWithoutWorkers("told to stop while no workers ran")
+        now = time.monotonic()
+        if self._waiting_since is None:
+            self._waiting_since = now
+        nodes = _usable_nodes(self._need, self._held, self._plan.sizes.max_workers)
+        size = self._plan.sizes.largest(room(nodes))
+        possible = self._plan.sizes.largest(sum(node.total for node in nodes))
+        if size == 0 or (size < possible and now - self._waiting_since < FREE_WAIT_S):
+            return NoopDecision()
+        return self._resize(size, nodes)
+
+    def make_decision_for_running_worker_group(self, worker_group_state: Any, worker_group_status: Any) -> Any:
+        """Ask for a pause when the group should change, and change it when its state is safe."""
+        self._maybe_send_resource_request()
+        self._held = Counter(worker.metadata.node_id for worker in worker_group_state.workers)
+        look = self._look()
+        if look.request is Request.STOP:
+            return NoopDecision()
+        if hung := [rank for rank, stalled in look.stalled_s.items() if stalled > self._plan.hang_timeout_s]:
+            return self._replace_hung(hung, worker_group_state.workers)
+        now = time.monotonic()
+        if self._asked_at is None:
+            if reason := self._reason_to_pause(worker_group_state, now):
+                self._call(self._board.ask.remote(Request.PAUSE, reason))
+                self._asked_at = now
+        elif look.is_safe:
+            nodes = _usable_nodes(self._need, self._held, self._plan.sizes.max_workers)
+            size = self._plan.sizes.largest(room(nodes))
+            return self._resize(size, nodes) if size else NoopDecision()
+        elif not look.any_safe and now - self._asked_at > self._plan.hang_timeout_s:
+            self._call(self._board.withdraw.remote("the workers did not pause in time"))
+            self._asked_at = None
+            self._next_growth_at = now + self._plan.grow_pause_s
+        return NoopDecision()
+
+    def on_controller_start_worker_group(self, *, scaling_config: Any, num_workers: int) -> dict[str, str] | None:
+        """Note the new group on the board, and keep it to the nodes that were found alive and staying."""
+        self._call(self._board.begin.remote(num_workers))
+        self._held = Counter()
+        return {NODE_LABEL: f"in({','.join(self._chosen)})"} if self._chosen else None
+
+    def _reason_to_pause(self, group: Any, now: float) -> str | None:
+        """Return why the group should change, if it should."""
+        size = sum(self._held.values())
+        if leaving := self._held.keys() & _draining_nodes():
+            return f"nodes drain: {', '.join(sorted(node[:8] for node in leaving))}"
+        nodes = _usable_nodes(self._need, self._held, self._plan.sizes.max_workers, probe=False)
+        offered = self._plan.sizes.largest(room(nodes))
+        settled = self._settled.offer(offered if offered > size else 0, now)
+        resting = now < max(group.start_time + self._plan.grow_pause_s, self._next_growth_at)
+        if not settled or resting:
+            return None
+        reached = self._plan.sizes.largest(room(_answering(nodes)))
+        return f"room for {reached} workers, {size} run" if reached > size else None
+
+    def _resize(self, size: int, nodes: Sequence[Node]) -> Any:
+        """Return the decision to run `size` workers on these nodes."""
+        self._chosen = [node.node_id for node in nodes if node.free]
+        self._asked_at = self._waiting_since = None
+        self._settled.offer(0, 0.0)
+        running = sum(self._held.values())
+        self._board.note.remote("resizing", {"from": running, "to": size})
+        return self._get_resize_decision(size)
+
+    def _replace_hung(self, ranks: list[int], workers: Sequence[Any]) -> Any:
+        """Keep the stack traces of all workers, then replace them, unless that was done too often."""
+        stacks: dict[str, str] = {str(rank): text for rank, text in enumerate(_stacks(workers))}
+        facts = {"ranks": ranks, "stalled_s": self._plan.hang_timeout_s, "stacks": stacks}
+        in_a_row = self._call(self._board.fail.remote("hung", facts))
+        if in_a_row > self._plan.max_failures:
+            raise RuntimeError(
+                f"workers {ranks} made no progress for {self._plan.hang_timeout_s:g} s, {in_a_row} times"
+            )
+        nodes = _usable_nodes(self._need, self._held, self._plan.sizes.max_workers)
+        return self._resize(self._plan.sizes.largest(room(nodes)) or sum(self._held.values()), nodes)
+
+    def _look(self) -> Look:
+        look: Look = self._call(self._board.look.remote())
+        return look
+
+    def _call(self, answer: Any) -> Any:
+        return ray.get(answer, timeout=CALL_TIMEOUT_S)
+
+
+class StoppedWithoutWorkers(Exception):
+    """The run was told to stop while no workers ran; Ray Train tries nothing again after it."""
+
+
+class BoundedFailurePolicy(DefaultFailurePolicy):  # type: ignore[misc, unused-ignore]
+    """Replaces lost workers at most `max_failures` times without a step further in between."""
+
+    def __init__(self, plan: Plan, board: Any) -> None:
+        super().__init__(FailureConfig(max_failures=-1))
+        self._plan = plan
+        self._board = board
+
+    def make_decision(self, training_failed_error: Any) -> FailureDecision:
+        """Note what was lost on the board, which counts."""
+        decision = super().make_decision(training_failed_error)
+        if decision is not FailureDecision.RETRY:
+            return decision
+        cause = getattr(training_failed_error, "controller_failure", None)
+        if isinstance(training_failed_error, WorkerGroupError):
+            lost = {str(rank): _headline(error) for rank, error in training_failed_error.worker_failures.items()}
+        elif isinstance(training_failed_error, ControllerError) and isinstance(cause, WorkerGroupStartupFailedError):
+            lost = {"start": _headline(cause)}
+        else:
+            return decision
+        in_a_row = ray.get(self._board.fail.remote("workers_lost", {"errors": lost}), timeout=CALL_TIMEOUT_S)
+        is_over = in_a_row > self._plan.max_failures and not _is_preemption_failure(training_failed_error)
+        return FailureDecision.RAISE if is_over else decision
+
+
+def _headline(error: BaseException) -> str:
+    """Return an error in one line."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[-1] if lines else ''}"[:300]
+
+
+class _EndUnfinishedAtOnce(WorkerGroupCallback):  # type: ignore[misc, unused-ignore]
+    """Kills workers that have not finished instead of asking them to end, for which Ray waits where one is dead.
+
+    They are safe, lost or hung; a killed process leaves nothing that its successor needs.
+    """
+
+    def before_worker_group_shutdown(self, worker_group: Any) -> None:
+        """Kill the workers."""
+        status = worker_group.get_latest_poll_status()
+        if status is None or not status.finished or status.errors:
+            for worker in worker_group.get_workers():
+                ray.kill(worker.actor)
+
+
+class _KeptGroupBackend(_TorchBackend):  # type: ignore[misc, unused-ignore]
+    """Leaves the process group to the end of its processes; taking it down waits for lost ones, up to 30 s."""
+
+    def on_shutdown(self, worker_group: Any, backend_config: Any) -> None:
+        """Do nothing."""
+
+
+@dataclass
+class KeptGroupTorchConfig(TorchConfig):  # type: ignore[misc, unused-ignore]
+    """A `TorchConfig` with that backend."""
+
+    @property
+    def backend_cls(self) -> type[_KeptGroupBackend]:
+        """Return the backend's class."""
+        return _KeptGroupBackend
+
+
+def _usable_nodes(need: Mapping[str, float], held: Mapping[str, int], most: int, *, probe: bool = True) -> list[Node]:
+    """Return the nodes that live, stay and, if asked, answer, with the workers they hold.
+
+    Args:
+        need: resources of a worker.
+        held: workers of this run by node, whose resources count as free.
+        most: workers that a node counts for where workers need nothing.
+    """
+    draining = _draining_nodes()
+    available = ray_state.available_resources_per_node()
+    nodes = []
+    for node in ray.nodes():
+        node_id = node["NodeID"]
+        if not node["Alive"] or node_id in draining:
+            continue
+        total = workers_that_fit(node["Resources"], need, most)
+        free = min(total, workers_that_fit(available.get(node_id, {}), need, most) + held.get(node_id, 0))
+        address = (node["NodeManagerAddress"], node["NodeManagerPort"])
+        if total:
+            nodes.append(Node(node_id=node_id, address=address, total=total, free=free))
+    return _answering(nodes) if probe else nodes
+
+
+def _draining_nodes() -> set[str]:
+    return set(ray_state.get_draining_nodes())
+
+
+def _answering(nodes: Sequence[Node]) -> list[Node]:
+    """Return the nodes whose raylet accepts a connection; Ray itself takes seconds to notice a death."""
+    if not nodes:
+        return []
+    with ThreadPoolExecutor(max_workers=min(64, len(nodes))) as pool:
+        answers = pool.map(_accepts, [node.address for node in nodes])
+        return [node for node, is_up in zip(nodes, answers, strict=True) if is_up]
+
+
+def _accepts(address: tuple[str, int]) -> bool:
+    """Tell whether something listens at an address."""
+    try:
+        socket.create_connection(address, timeout=PROBE_TIMEOUT_S).close()
+    except OSError:
+        return False
+    return True
+
+
+def _stacks(workers: Sequence[Any]) -> list[str]:
+    """Return what each worker's threads are doing, as far as it still answers."""
+    answers = [worker.execute_async(format_stacks) for worker in workers]
+    ready, _ = ray.wait(answers, num_returns=len(answers), timeout=STACKS_TIMEOUT_S)
+    texts = []
+    for answer in answers:
+        try:
+            texts.append(ray.get(answer) if answer in ready else "does not answer")
+        except ray.exceptions.RayError as error:
+            texts.append(_headline(error))
+    return texts
+
+
+def format_stacks() -> str:
+    """Return the stack of each thread of this process."""
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    parts = []
+    for ident, frame in sys._current_frames().items():
+        parts.append(f"{names.get(ident, ident)}\n{''.join(traceback.format_stack(frame))}")
+    return "\n".join(parts)
