@@ -169,9 +169,7 @@ def _make_trainer(task: TrainTask, work: str, name: str, board: Any, loop: Train
             name=name,
             storage_path=path,
             storage_filesystem=system,
-            failure_config=FailureConfig(
-                max_failures=settings.max_failures
-            ),,
+            failure_config=FailureConfig(max_failures=settings.max_failures),
             worker_runtime_env={"env_vars": _worker_env(task)},
             callbacks=[_EndAtOnce()],
         ),
