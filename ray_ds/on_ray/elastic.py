@@ -7,16 +7,14 @@ nodes every 20 s and waits a minute for a dead one.
 """
 
 import logging
-import os
 import socket
 import sys
 import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +23,7 @@ from ray._private.state import state as ray_state
 from ray.train import FailureConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.torch.config import _TorchBackend
+from ray.train.v2._internal.constants import get_env_vars_to_propagate
 from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError
 from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 from ray.train.v2._internal.execution.failure_handling import FailureDecision
@@ -32,9 +31,11 @@ from ray.train.v2._internal.execution.failure_handling.default import DefaultFai
 from ray.train.v2._internal.execution.scaling_policy import NoopDecision
 from ray.train.v2._internal.execution.scaling_policy.elastic import ElasticScalingPolicy
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ray_ds.on_ray.board import Look
 from ray_ds.on_ray.sizing import Node, Settled, Sizes, room, workers_that_fit
+from ray_ds.on_ray.spares import SparedController, Spares
 from ray_ds.train.host import Request
 
 NODE_LABEL = "ray.io/node-id"
@@ -42,16 +43,21 @@ CONTROLLER_ENV = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # it would wait for the node's end before it restarts anything
+    "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0",
 }
-"""Ray Train reads these in the driver and passes them on; what the user set stays."""
+"""What Ray Train's controller reads, if the driver's environment does not say otherwise."""
 SETTLE_S = 2.0
 """Time that more room must last before workers are added."""
 FREE_WAIT_S = 3.0
 """Time to wait, before workers start, for resources that the cluster has and something else still holds."""
 PROBE_TIMEOUT_S = 2.0
 """Enough for one lost packet; a stopped process still accepts, and a dead one refuses at once."""
+SPARE_DELAY_S = 5.0
+"""Time that a new group has for itself before its spares start."""
 CALL_TIMEOUT_S = 10.0
 STACKS_TIMEOUT_S = 5.0
+RESOURCE_REQUEST_S = 20.0
+"""As often as Ray Train's own policies; a request holds for three minutes."""
 
 logger = logging.getLogger("ray.train")
 
@@ -64,6 +70,8 @@ class Plan:
     grow_pause_s: float
     hang_timeout_s: float
     max_failures: int
+    spare_modules: tuple[str, ...] = ()
+    """What spare workers import; none are kept where this is empty."""
 
 
 class ElasticTorchTrainer(TorchTrainer):  # type: ignore[misc, unused-ignore]
@@ -78,20 +86,12 @@ class ElasticTorchTrainer(TorchTrainer):  # type: ignore[misc, unused-ignore]
         options["scaling_policy"] = GracefulElasticPolicy(self.scaling_config, self._plan, self._board)
         options["failure_policy"] = BoundedFailurePolicy(self._plan, self._board)
         options["callbacks"] = [*options["callbacks"], _EndUnfinishedAtOnce()]
-        with _environment(CONTROLLER_ENV):
-            return super()._initialize_and_run_controller(**options)
-
-
-@contextmanager
-def _environment(values: Mapping[str, str]) -> Iterator[None]:
-    """Set what is not set of some variables, for a while."""
-    added = {name: value for name, value in values.items() if name not in os.environ}
-    os.environ.update(added)
-    try:
-        yield
-    finally:
-        for name in added:
-            os.environ.pop(name, None)
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        env = {**CONTROLLER_ENV, **get_env_vars_to_propagate()}
+        actor = ray.remote(num_cpus=0, runtime_env={"env_vars": env}, scheduling_strategy=here)(SparedController)
+        controller = actor.remote(**options, modules=self._plan.spare_modules)
+        ray.get(controller.run.remote())
+        return ray.get(controller.get_result.remote())
 
 
 class GracefulElasticPolicy(ElasticScalingPolicy):  # type: ignore[misc, unused-ignore]
@@ -105,12 +105,17 @@ class GracefulElasticPolicy(ElasticScalingPolicy):  # type: ignore[misc, unused-
         super().__init__(scaling_config)
         self._plan = plan
         self._board = board
+        self.spares: Spares
         self._need: dict[str, float] = scaling_config._resources_per_worker_not_none
         self._settled = Settled(SETTLE_S)
         self._held: Counter[str] = Counter()
         """Workers by node."""
+        self._joining: Counter[str] = Counter()
+        """Workers that will be added, by node."""
         self._chosen: list[str] = []
         """Nodes that the next group is placed on."""
+        self._asking: threading.Thread | None = None
+        self._asked_for_resources_at = float("-inf")
         self._asked_at: float | None = None
         self._next_growth_at = 0.0
         self._waiting_since: float | None = None
@@ -141,6 +146,8 @@ class GracefulElasticPolicy(ElasticScalingPolicy):  # type: ignore[misc, unused-
             return self._replace_hung(hung, worker_group_state.workers)
         now = time.monotonic()
         if self._asked_at is None:
+            if now > worker_group_state.start_time + SPARE_DELAY_S:
+                self.spares.keep(self._held + self._joining)
             if reason := self._reason_to_pause(worker_group_state, now):
                 self._call(self._board.ask.remote(Request.PAUSE, reason))
                 self._asked_at = now
@@ -157,7 +164,7 @@ class GracefulElasticPolicy(ElasticScalingPolicy):  # type: ignore[misc, unused-
     def on_controller_start_worker_group(self, *, scaling_config: Any, num_workers: int) -> dict[str, str] | None:
         """Note the new group on the board, and keep it to the nodes that were found alive and staying."""
         self._call(self._board.begin.remote(num_workers))
-        self._held = Counter()
+        self._held, self._joining = Counter(), Counter()
         return {NODE_LABEL: f"in({','.join(self._chosen)})"} if self._chosen else None
 
     def _reason_to_pause(self, group: Any, now: float) -> str | None:
@@ -168,6 +175,8 @@ class GracefulElasticPolicy(ElasticScalingPolicy):  # type: ignore[misc, unused-
         nodes = _usable_nodes(self._need, self._held, self._plan.sizes.max_workers, probe=False)
         offered = self._plan.sizes.largest(room(nodes))
         settled = self._settled.offer(offered if offered > size else 0, now)
+        added = {node.node_id: node.free - self._held[node.node_id] for node in nodes if offered > size}
+        self._joining = Counter({node_id: count for node_id, count in added.items() if count > 0})
         resting = now < max(group.start_time + self._plan.grow_pause_s, self._next_growth_at)
         if not settled or resting:
             return None
@@ -194,6 +203,17 @@ class GracefulElasticPolicy(ElasticScalingPolicy):  # type: ignore[misc, unused-
             )
         nodes = _usable_nodes(self._need, self._held, self._plan.sizes.max_workers)
         return self._resize(self._plan.sizes.largest(room(nodes)) or sum(self._held.values()), nodes)
+
+    def _send_resource_request(self) -> None:
+        """Tell the autoscaler what is wanted, in a thread: the actor that passes it on may be lost with its node."""
+        if self._asking is None or not self._asking.is_alive():
+            self._asking = threading.Thread(target=super()._send_resource_request, daemon=True)
+            self._asking.start()
+
+    def _maybe_send_resource_request(self) -> None:
+        if time.monotonic() > self._asked_for_resources_at + RESOURCE_REQUEST_S:
+            self._asked_for_resources_at = time.monotonic()
+            self._send_resource_request()
 
     def _look(self) -> Look:
         look: Look = self._call(self._board.look.remote())

@@ -14,7 +14,6 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import ControllerError
 
 from ray_ds import storage
-from ray_ds.config.train import TrainSettings
 from ray_ds.errors import RayDsError, UserError
 from ray_ds.logs import log_event, setup_logging
 from ray_ds.on_ray.board import Event, News, open_board
@@ -176,11 +175,13 @@ def _make_trainer(task: TrainTask, work: str, name: str, board: Any, loop: Train
     }
     if is_stock:
         return TorchTrainer(_run_worker, **options)
-    return ElasticTorchTrainer(_run_worker, plan=_plan(settings), board=board, **options)
+    return ElasticTorchTrainer(_run_worker, plan=_plan(task, loop), board=board, **options)
 
 
-def _plan(settings: TrainSettings) -> Plan:
+def _plan(task: TrainTask, loop: TrainLoop | None) -> Plan:
     """Return what the settings say about scaling; a fixed number of workers is a range of one."""
+    settings = task.settings
+    modules = ["ray_ds.on_ray.trainer", "ray.train.torch", *(["ray_ds.train.loop"] if loop is None else [])]
     return Plan(
         sizes=Sizes(
             min_workers=settings.min_workers, max_workers=settings.max_workers, allowed=settings.allowed_workers
@@ -188,6 +189,7 @@ def _plan(settings: TrainSettings) -> Plan:
         grow_pause_s=settings.grow_pause_s or 0.0,
         hang_timeout_s=settings.hang_timeout_s,
         max_failures=settings.max_failures,
+        spare_modules=tuple(modules) if settings.is_elastic and task.device == "cpu" else (),
     )
 
 
