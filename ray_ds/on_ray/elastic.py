@@ -1,25 +1,22 @@
 """Elastic training on Ray Train's hooks: how many workers, when they change, and what a lost one costs.
 
-All that leans on private parts of Ray (2.60) is here; `tests/on_ray/test_elastic.py` has the contract. The setting
-`scaling = "stock"` goes without this file. What Ray Train's own policy does not do: it restarts workers without a
-word, so that the work since the last checkpoint is lost; it counts nodes that drain or just died; it looks for new
-nodes every 20 s and waits a minute for a dead one.
+What leans on private parts of Ray (2.60) is here, in `spares.py` and in `nodes.py`; `tests/on_ray/test_elastic.py` has
+the contract. The setting `scaling = "stock"` goes without. What Ray Train's own policy does not do: it restarts workers
+without a word, so that the work since the last checkpoint is lost; it counts nodes that drain or just died; it looks
+for new nodes every 20 s and waits a minute for a dead one.
 """
 
 import logging
-import socket
 import sys
 import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray._private.state import state as ray_state
 from ray.train import FailureConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.torch.config import _TorchBackend
@@ -34,7 +31,8 @@ from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ray_ds.on_ray.board import Look
-from ray_ds.on_ray.sizing import Node, Settled, Sizes, room, workers_that_fit
+from ray_ds.on_ray.nodes import answering, draining_nodes, usable_nodes
+from ray_ds.on_ray.sizing import Node, Offer, Sizes, joining, room
 from ray_ds.on_ray.spares import SparedController, Spares
 from ray_ds.train.host import Request
 
@@ -50,8 +48,8 @@ SETTLE_S = 2.0
 """Time that more room must last before workers are added."""
 FREE_WAIT_S = 3.0
 """Time to wait, before workers start, for resources that the cluster has and something else still holds."""
-PROBE_TIMEOUT_S = 2.0
-"""Enough for one lost packet; a stopped process still accepts, and a dead one refuses at once."""
+SPARE_WAIT_S = 20.0
+"""Time that a larger size waits, at most, for warm processes on the new nodes; training goes on meanwhile."""
 SPARE_DELAY_S = 5.0
 """Time that a new group has for itself before its spares start."""
 CALL_TIMEOUT_S = 10.0
@@ -107,11 +105,11 @@ class GracefulElasticPolicy(ElasticScalingPolicy):  # type: ignore[misc, unused-
         self._board = board
         self.spares: Spares
         self._need: dict[str, float] = scaling_config._resources_per_worker_not_none
-        self._settled = Settled(SETTLE_S)
+        self._offer = Offer()
         self._held: Counter[str] = Counter()
         """Workers by node."""
         self._joining: Counter[str] = Counter()
-        """Workers that will be added, by node."""
+        """Workers that will be added, by node, once more room has lasted."""
         self._chosen: list[str] = []
         """Nodes that the next group is placed on."""
         self._asking: threading.Thread | None = None
@@ -128,7 +126,7 @@ class GracefulElasticPolicy(ElasticScalingPolicy):  # type: ignore[misc, unused-
         now = time.monotonic()
         if self._waiting_since is None:
             self._waiting_since = now
-        nodes = _usable_nodes(self._need, self._held, self._plan.sizes.max_workers)
+        nodes = usable_nodes(self._need, self._held, self._plan.sizes.max_workers)
         size = self._plan.sizes.largest(room(nodes))
         possible = self._plan.sizes.largest(sum(node.total for node in nodes))
         if size == 0 or (size < possible and now - self._waiting_since < FREE_WAIT_S):
@@ -152,7 +150,7 @@ class GracefulElasticPolicy(ElasticScalingPolicy):  # type: ignore[misc, unused-
                 self._call(self._board.ask.remote(Request.PAUSE, reason))
                 self._asked_at = now
         elif look.is_safe:
-            nodes = _usable_nodes(self._need, self._held, self._plan.sizes.max_workers)
+            nodes = usable_nodes(self._need, self._held, self._plan.sizes.max_workers)
             size = self._plan.sizes.largest(room(nodes))
             return self._resize(size, nodes) if size else NoopDecision()
         elif not look.any_safe and now - self._asked_at > self._plan.hang_timeout_s:
@@ -170,24 +168,24 @@ class GracefulElasticPolicy(ElasticScalingPolicy):  # type: ignore[misc, unused-
     def _reason_to_pause(self, group: Any, now: float) -> str | None:
         """Return why the group should change, if it should."""
         size = sum(self._held.values())
-        if leaving := self._held.keys() & _draining_nodes():
+        if leaving := self._held.keys() & draining_nodes():
             return f"nodes drain: {', '.join(sorted(node[:8] for node in leaving))}"
-        nodes = _usable_nodes(self._need, self._held, self._plan.sizes.max_workers, probe=False)
+        nodes = usable_nodes(self._need, self._held, self._plan.sizes.max_workers, probe=False)
         offered = self._plan.sizes.largest(room(nodes))
-        settled = self._settled.offer(offered if offered > size else 0, now)
-        added = {node.node_id: node.free - self._held[node.node_id] for node in nodes if offered > size}
-        self._joining = Counter({node_id: count for node_id, count in added.items() if count > 0})
+        stands_s = self._offer.stands(offered if offered > size else 0, now)
+        self._joining = Counter(joining(nodes, self._held, offered) if offered > size else {})
         resting = now < max(group.start_time + self._plan.grow_pause_s, self._next_growth_at)
-        if not settled or resting:
+        warming = stands_s < SPARE_WAIT_S and not self.spares.are_warm(self._joining)
+        if stands_s < SETTLE_S or resting or warming:
             return None
-        reached = self._plan.sizes.largest(room(_answering(nodes)))
+        reached = self._plan.sizes.largest(room(answering(nodes)))
         return f"room for {reached} workers, {size} run" if reached > size else None
 
     def _resize(self, size: int, nodes: Sequence[Node]) -> Any:
         """Return the decision to run `size` workers on these nodes."""
         self._chosen = [node.node_id for node in nodes if node.free]
         self._asked_at = self._waiting_since = None
-        self._settled.offer(0, 0.0)
+        self._offer.stands(0, 0.0)
         running = sum(self._held.values())
         self._board.note.remote("resizing", {"from": running, "to": size})
         return self._get_resize_decision(size)
@@ -201,7 +199,7 @@ class GracefulElasticPolicy(ElasticScalingPolicy):  # type: ignore[misc, unused-
             raise RuntimeError(
                 f"workers {ranks} made no progress for {self._plan.hang_timeout_s:g} s, {in_a_row} times"
             )
-        nodes = _usable_nodes(self._need, self._held, self._plan.sizes.max_workers)
+        nodes = usable_nodes(self._need, self._held, self._plan.sizes.max_workers)
         return self._resize(self._plan.sizes.largest(room(nodes)) or sum(self._held.values()), nodes)
 
     def _send_resource_request(self) -> None:
@@ -287,51 +285,6 @@ class KeptGroupTorchConfig(TorchConfig):  # type: ignore[misc, unused-ignore]
     def backend_cls(self) -> type[_KeptGroupBackend]:
         """Return the backend's class."""
         return _KeptGroupBackend
-
-
-def _usable_nodes(need: Mapping[str, float], held: Mapping[str, int], most: int, *, probe: bool = True) -> list[Node]:
-    """Return the nodes that live, stay and, if asked, answer, with the workers they hold.
-
-    Args:
-        need: resources of a worker.
-        held: workers of this run by node, whose resources count as free.
-        most: workers that a node counts for where workers need nothing.
-    """
-    draining = _draining_nodes()
-    available = ray_state.available_resources_per_node()
-    nodes = []
-    for node in ray.nodes():
-        node_id = node["NodeID"]
-        if not node["Alive"] or node_id in draining:
-            continue
-        total = workers_that_fit(node["Resources"], need, most)
-        free = min(total, workers_that_fit(available.get(node_id, {}), need, most) + held.get(node_id, 0))
-        address = (node["NodeManagerAddress"], node["NodeManagerPort"])
-        if total:
-            nodes.append(Node(node_id=node_id, address=address, total=total, free=free))
-    return _answering(nodes) if probe else nodes
-
-
-def _draining_nodes() -> set[str]:
-    return set(ray_state.get_draining_nodes())
-
-
-def _answering(nodes: Sequence[Node]) -> list[Node]:
-    """Return the nodes whose raylet accepts a connection; Ray itself takes seconds to notice a death."""
-    if not nodes:
-        return []
-    with ThreadPoolExecutor(max_workers=min(64, len(nodes))) as pool:
-        answers = pool.map(_accepts, [node.address for node in nodes])
-        return [node for node, is_up in zip(nodes, answers, strict=True) if is_up]
-
-
-def _accepts(address: tuple[str, int]) -> bool:
-    """Tell whether something listens at an address."""
-    try:
-        socket.create_connection(address, timeout=PROBE_TIMEOUT_S).close()
-    except OSError:
-        return False
-    return True
 
 
 def _stacks(workers: Sequence[Any]) -> list[str]:

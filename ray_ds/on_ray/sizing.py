@@ -46,16 +46,27 @@ def room(nodes: Iterable[Node]) -> int:
     return sum(node.free for node in nodes)
 
 
-class Settled:
-    """Tells when a larger size has been on offer, without a break, for long enough to be believed."""
+class Offer:
+    """How long a larger size has been on offer, the same and without a break."""
 
-    def __init__(self, settle_s: float) -> None:
-        self._settle_s = settle_s
+    def __init__(self) -> None:
         self._size = 0
         self._since = 0.0
 
-    def offer(self, size: int, now: float) -> bool:
-        """Note the size on offer, 0 for none that is larger; tell whether it has stayed the same for long enough."""
+    def stands(self, size: int, now: float) -> float:
+        """Note the size on offer, 0 for none that is larger; return for how long it has been the same, in seconds."""
         if size != self._size:
             self._size, self._since = size, now
-        return size > 0 and now - self._since >= self._settle_s
+        return now - self._since if size else 0.0
+
+
+def joining(nodes: Iterable[Node], held: Mapping[str, int], size: int) -> dict[str, int]:
+    """Return where workers will be added to come to `size`, by node, counting those held now."""
+    left = size - sum(held.values())
+    added: dict[str, int] = {}
+    for node in nodes:
+        count = min(left, node.free - held.get(node.node_id, 0))
+        if count > 0:
+            added[node.node_id] = count
+            left -= count
+    return added

@@ -23,7 +23,8 @@ from ray.train.v2._internal.execution.worker_group.worker_group import WorkerGro
 from ray.util.placement_group import placement_group_table
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
-LOWEST_PRIORITY = 19
+LOW_PRIORITY = 5
+"""A third of the share of a process as usual, so that training goes on and a busy node still gets its spares."""
 
 logger = logging.getLogger("ray.train")
 
@@ -34,7 +35,8 @@ class Spares:
     def __init__(self, runtime_env: Mapping[str, Any], modules: Sequence[str]) -> None:
         self._runtime_env = dict(runtime_env)
         self._modules = tuple(modules)
-        self._by_node: defaultdict[str, list[Any]] = defaultdict(list)
+        self._by_node: defaultdict[str, list[tuple[Any, Any]]] = defaultdict(list)
+        """Actors, with the answer that tells that one is warm."""
 
     @cached_property
     def actor_class(self) -> Any:
@@ -44,19 +46,27 @@ class Spares:
     def keep(self, wanted: Mapping[str, int]) -> None:
         """Start what is missing of the spares wanted on each node, and end those on other nodes."""
         for node_id in self._by_node.keys() - wanted.keys():
-            for actor in self._by_node.pop(node_id):
+            for actor, _ in self._by_node.pop(node_id):
                 ray.kill(actor)
         for node_id, count in wanted.items():
             place = NodeAffinitySchedulingStrategy(node_id, soft=False)
             while self._modules and len(self._by_node[node_id]) < count:
                 actor = self.actor_class.options(num_cpus=0, scheduling_strategy=place).remote()
-                actor.execute.remote(warm_up, self._modules)
-                self._by_node[node_id].append(actor)
+                self._by_node[node_id].append((actor, actor.execute.remote(warm_up, self._modules)))
+
+    def are_warm(self, wanted: Mapping[str, int]) -> bool:
+        """Tell whether as many spares as wanted on each node have imported all."""
+        for node_id, count in wanted.items() if self._modules else ():
+            answers = [answer for _, answer in self._by_node[node_id]]
+            ready, _ = ray.wait(answers, num_returns=len(answers), timeout=0) if answers else ([], [])
+            if len(ready) < count:
+                return False
+        return True
 
     def take(self, node_id: str) -> tuple[Any, Any] | None:
         """Return a living spare of a node, which is no spare any more, with its metadata; None where there is none."""
         while self._by_node[node_id]:
-            actor = self._by_node[node_id].pop(0)
+            actor, _ = self._by_node[node_id].pop(0)
             try:
                 return actor, ray.get(actor.get_metadata.remote())
             except RayActorError:
@@ -65,14 +75,16 @@ class Spares:
 
 
 def warm_up(modules: Sequence[str]) -> None:
-    """Begin to import what a worker needs, at the lowest priority, so that training goes on as before."""
+    """Import what a worker needs, in a thread of low priority, so that training beside it goes on."""
 
     def import_all() -> None:
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOWEST_PRIORITY)  # on Linux, of this thread alone
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOW_PRIORITY)  # on Linux, of this thread alone
         for module in modules:
             importlib.import_module(module)
 
-    threading.Thread(target=import_all, daemon=True, name="warm_up").start()
+    thread = threading.Thread(target=import_all, daemon=True, name="warm_up")
+    thread.start()
+    thread.join()
 
 
 class SparedWorkerGroup(WorkerGroup):  # type: ignore[misc, unused-ignore]
