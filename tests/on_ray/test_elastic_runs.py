@@ -83,7 +83,7 @@ def test_stopped_run_is_safe_and_the_next_goes_on(cluster: Cluster, tmp_path: Pa
 
 def test_run_that_waits_for_nodes_stops_when_told(cluster: Cluster, tmp_path: Path) -> None:
     bring_to(cluster, 1)
-    run = Run(tmp_path, num_workers=[4, 5])
+    run = Run(tmp_path, num_workers=[3, 4])
     time.sleep(3)
     run.end()
     assert isinstance(run.error, TrainingStopped) and run.error.step is None
