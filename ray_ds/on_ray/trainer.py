@@ -2,22 +2,25 @@
 
 import os
 import threading
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from queue import Empty
 from typing import Any
 
 import ray
 import ray.train
-import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import ControllerError
-from ray.util.queue import Queue
 
 from ray_ds import storage
-from ray_ds.errors import UserError
-from ray_ds.logs import setup_logging
+from ray_ds.errors import RayDsError, UserError
+from ray_ds.logs import log_event, setup_logging
+from ray_ds.on_ray.board import Event, News, open_board
+from ray_ds.on_ray.elastic import ElasticTorchTrainer, KeptGroupTorchConfig, Plan, StoppedWithoutWorkers
+from ray_ds.on_ray.host import RayHost
+from ray_ds.on_ray.sizing import Sizes
+from ray_ds.train.host import Host, Request
 from ray_ds.train.task import TrainResult, TrainTask
 
 POLL_S = 0.5
@@ -31,39 +34,118 @@ MALLOC_ENV = {
 LASTING = (UserError, FloatingPointError)
 """What another try would meet again: a mistake of the user, or a loss that is no number."""
 Report = Callable[[Mapping[str, float]], None]
+OnEvent = Callable[[Event], None]
+TrainLoop = Callable[[TrainTask, Host], TrainResult]
 
 
-def train_on_ray(task: TrainTask, *, work: str, on_report: Report) -> TrainResult:
-    """Run a training task on workers of the cluster and return what they say at the end.
-
-    Workers that die are replaced as one group, at most `max_failures` times; each group goes on from the newest
-    checkpoint. So does the next job, if this one dies. An error that another try would meet again ends the run.
+class TrainingStopped(RayDsError):
+    """Training was told to stop, and did; submitting it again goes on.
 
     Args:
-        work: folder for what Ray Train writes about the run.
+        step: after which all state is safe; None where no workers ran, so that the newest checkpoint is what there is.
+    """
+
+    def __init__(self, step: int | None) -> None:
+        where = "before any worker ran" if step is None else f"after step {step}, which is safe"
+        super().__init__(f"training was told to stop and did, {where}; submit it again to go on")
+        self.step = step
+
+
+def log_board(event: Event) -> None:
+    """Write an event of the run as a log line, without stack traces."""
+    log_event(event.kind, **{name: value for name, value in event.facts.items() if name != "stacks"})
+
+
+def train_on_ray(
+    task: TrainTask,
+    *,
+    work: str,
+    on_report: Report,
+    on_event: OnEvent = log_board,
+    stop: threading.Event | None = None,
+    loop: TrainLoop | None = None,
+) -> TrainResult:
+    """Run a training task on workers of the cluster and return what they say at the end.
+
+    Workers that die are replaced as one group, at most `max_failures` times without a step done in between; each group
+    goes on from the newest state. So does the next job, if this one dies. An error that another try would meet again
+    ends the run. With a range of workers the group grows and shrinks with the cluster.
+
+    Args:
+        work: folder for what Ray Train writes about the run, and for stack traces of workers that hung.
         on_report: called here with a step's figures, every `log_every` steps.
+        on_event: called here with what happens to the workers.
+        stop: once set, the workers make their state safe on storage and end.
+        loop: what a worker runs, if not `ray_ds.train.loop.train`.
     Raises:
+        TrainingStopped: `stop` was set, and training stopped before its last step.
         UserError: a worker found a mistake of the user.
         FloatingPointError: the loss is no number.
         TrainingFailedError: workers died too often.
     """
-    reports = Queue(actor_options={"num_cpus": 0})
-    trainer = _make_trainer(task, work, reports)
+    name = f"attempt-{os.urandom(6).hex()}"
+    board = open_board("board")
+    trainer = _make_trainer(task, work, name, board, loop)
     outcome: Future[ray.train.Result] = Future()
     threading.Thread(target=_fit, args=(trainer, outcome), daemon=True).start()
+    watch = _Watch(board, on_report, on_event, storage.join(work, name))
     while not outcome.done():
-        _pass_on(reports, on_report, timeout_s=POLL_S)
-    _pass_on(reports, on_report, timeout_s=0.0)
-    reports.shutdown()
+        if stop is not None and stop.is_set():
+            board.ask.remote(Request.STOP, "the job was told to stop")
+        watch.pass_on()
+        time.sleep(POLL_S)
+    watch.pass_on()
+    ray.kill(board)
+    return _result(outcome, watch.stopped_at)
+
+
+def _result(outcome: "Future[ray.train.Result]", stopped_at: int | None) -> TrainResult:
+    """Return what training gave, or raise what it raised."""
     try:
-        return TrainResult(**outcome.result().return_value)
+        result = outcome.result()
     except ControllerError as error:
+        if isinstance(error.controller_failure, StoppedWithoutWorkers):
+            raise TrainingStopped(stopped_at) from None
         if isinstance(error.controller_failure, LASTING):
             raise error.controller_failure from error
         raise
+    if result.return_value is None:
+        raise TrainingStopped(stopped_at)
+    return TrainResult(**result.return_value)
 
 
-def _make_trainer(task: TrainTask, work: str, reports: Queue) -> TorchTrainer:
+class _Watch:
+    """Brings news from the board to whoever asked for it."""
+
+    def __init__(self, board: Any, on_report: Report, on_event: OnEvent, folder: str) -> None:
+        self.stopped_at: int | None = None
+        self._board = board
+        self._on_report = on_report
+        self._on_event = on_event
+        self._folder = folder
+        self._num_events = 0
+
+    def pass_on(self) -> None:
+        """Hand over what is new."""
+        news: News = ray.get(self._board.collect.remote(self._num_events))
+        self._num_events += len(news.events)
+        self.stopped_at = news.stopped_at if self.stopped_at is None else self.stopped_at
+        for record in news.records:
+            self._on_report(record)
+        for event in news.events:
+            self._keep_stacks(event)
+            self._on_event(event)
+
+    def _keep_stacks(self, event: Event) -> None:
+        """Write the stack traces that came with an event, a file a rank."""
+        stacks = event.facts.get("stacks")
+        if isinstance(stacks, Mapping):
+            for rank, text in stacks.items():
+                name = f"stacks-attempt{event.facts['attempt']}-rank{rank}.txt"
+                storage.write_bytes(storage.join(self._folder, name), str(text).encode())
+
+
+def _make_trainer(task: TrainTask, work: str, name: str, board: Any, loop: TrainLoop | None) -> TorchTrainer:
     """Return a trainer whose run has a new name, so that it finds nothing of Ray's about an earlier attempt.
 
     Ray would take up its own list of checkpoints otherwise, which it does not write atomically (Ray 2.60,
@@ -71,33 +153,56 @@ def _make_trainer(task: TrainTask, work: str, reports: Queue) -> TorchTrainer:
     """
     settings = task.settings
     is_cuda = task.device == "cuda"
+    is_stock = settings.scaling == "stock"
     system, path = storage.filesystem(work)
-    threads = str(settings.threads_per_worker)
-    env = {"OMP_NUM_THREADS": threads, "DS_ACCELERATOR": task.device, "TOKENIZERS_PARALLELISM": "false"}
-    if not is_cuda:
-        env |= MALLOC_ENV
-    if not settings.compile:
-        # DeepSpeed compiles Muon's arithmetic at first use, which takes a C++ compiler a minute and gains nothing here.
-        env["TORCHDYNAMO_DISABLE"] = "1"
-    return TorchTrainer(
-        _run_worker,
-        train_loop_config={"task": task.to_dict(), "reports": reports},
-        scaling_config=ScalingConfig(
+    options = {
+        "train_loop_config": {"task": task.to_dict(), "board": board, "loop": loop},
+        "scaling_config": ScalingConfig(
             num_workers=settings.num_workers,
             use_gpu=is_cuda,
             resources_per_worker={"CPU": settings.cpus_per_worker, **({"GPU": 1} if is_cuda else {})},
             placement_strategy="SPREAD",
         ),
-        torch_config=TorchConfig(backend="nccl" if is_cuda else "gloo"),
-        run_config=RunConfig(
-            name=f"attempt-{os.urandom(6).hex()}",
+        "torch_config": (TorchConfig if is_stock else KeptGroupTorchConfig)(backend="nccl" if is_cuda else "gloo"),
+        "run_config": RunConfig(
+            name=name,
             storage_path=path,
             storage_filesystem=system,
             failure_config=FailureConfig(max_failures=settings.max_failures),
-            worker_runtime_env={"env_vars": env},
+            worker_runtime_env={"env_vars": _worker_env(task)},
             callbacks=[_EndAtOnce()],
         ),
+    }
+    if is_stock:
+        return TorchTrainer(_run_worker, **options)
+    return ElasticTorchTrainer(_run_worker, plan=_plan(task, loop), board=board, **options)
+
+
+def _plan(task: TrainTask, loop: TrainLoop | None) -> Plan:
+    """Return what the settings say about scaling; a fixed number of workers is a range of one."""
+    settings = task.settings
+    modules = ["ray_ds.on_ray.trainer", "ray.train.torch", *(["ray_ds.train.loop"] if loop is None else [])]
+    return Plan(
+        sizes=Sizes(
+            min_workers=settings.min_workers, max_workers=settings.max_workers, allowed=settings.allowed_workers
+        ),
+        grow_pause_s=settings.grow_pause_s or 0.0,
+        hang_timeout_s=settings.hang_timeout_s,
+        max_failures=settings.max_failures,
+        spare_modules=tuple(modules) if settings.is_elastic and task.device == "cpu" else (),
     )
+
+
+def _worker_env(task: TrainTask) -> dict[str, str]:
+    """Return the environment of the workers."""
+    threads = str(task.settings.threads_per_worker)
+    env = {"OMP_NUM_THREADS": threads, "DS_ACCELERATOR": task.device, "TOKENIZERS_PARALLELISM": "false"}
+    if task.device != "cuda":
+        env |= MALLOC_ENV
+    if not task.settings.compile:
+        # DeepSpeed compiles Muon's arithmetic at first use, which takes a C++ compiler a minute and gains nothing here.
+        env["TORCHDYNAMO_DISABLE"] = "1"
+    return env
 
 
 class _EndAtOnce(UserCallback):  # type: ignore[misc, unused-ignore]
@@ -123,35 +228,15 @@ def _fit(trainer: TorchTrainer, outcome: "Future[ray.train.Result]") -> None:
         outcome.set_exception(error)
 
 
-def _pass_on(reports: Queue, on_report: Report, timeout_s: float) -> None:
-    """Hand over the reports that have arrived, waiting for the first at most `timeout_s`."""
-    try:
-        on_report(reports.get(timeout=timeout_s) if timeout_s else reports.get(block=False))
-        while True:
-            on_report(reports.get(block=False))
-    except Empty:
-        return
-
-
-class _RayHost:
-    """A worker of Ray Train, as the loop sees it."""
-
-    def __init__(self, device: torch.device, reports: Queue) -> None:
-        context = ray.train.get_context()
-        self.rank: int = context.get_world_rank()
-        self.world_size: int = context.get_world_size()
-        self.device = device
-        self._reports = reports
-
-    def report(self, record: Mapping[str, float]) -> None:
-        """Send the record to the driver, from rank 0 and without waiting."""
-        if self.rank == 0:
-            self._reports.actor.put_nowait.remote(dict(record))
-
-
-def _run_worker(config: dict[str, Any]) -> dict[str, Any]:
+def _run_worker(config: dict[str, Any]) -> dict[str, Any] | None:
+    """Train in this process; return nothing where it was stopped."""
     task = TrainTask.from_dict(config["task"])
     setup_logging()
-    from ray_ds.train.loop import train  # brings DeepSpeed, which reads DS_ACCELERATOR when it is imported
+    host = RayHost(ray.train.torch.get_device(), config["board"], snapshots=None)
+    loop: TrainLoop | None = config["loop"]
+    if loop is None:
+        from ray_ds.train.loop import train  # brings DeepSpeed, which reads DS_ACCELERATOR when it is imported
 
-    return vars(train(task, _RayHost(ray.train.torch.get_device(), config["reports"])))
+        loop = train
+    result = loop(task, host)
+    return None if host.is_stopped else vars(result)

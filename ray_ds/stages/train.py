@@ -18,7 +18,6 @@ from ray_ds.on_ray.preflight import check_cluster
 from ray_ds.on_ray.trainer import train_on_ray
 from ray_ds.tokenizer import load_tokenizer
 from ray_ds.train.batches import open_split
-from ray_ds.train.checkpoints import check_world_size, find_latest
 from ray_ds.train.task import TrainTask
 
 Device = Literal["cpu", "cuda"]
@@ -43,7 +42,7 @@ def train(settings: TrainSettings, run: StageRun) -> Artifact:
         "tokenizer_digest": shards.fact("tokenizer_digest"),
         "zero_stage": settings.zero_stage,
         "precision": settings.precision,
-        "world_size": settings.num_workers,
+        "world_size": settings.num_workers if isinstance(settings.num_workers, int) else list(settings.worker_range),
     }
     artifact = run.commit(facts, seconds=time.monotonic() - started)
     storage.delete_folder(run.work_path())
@@ -90,12 +89,9 @@ def check_task(task: TrainTask, run: StageRun) -> None:
     splits: list[Split] = ["train", "validation"] if settings.validate_every else ["train"]
     for split in splits:
         check_rows(open_split(task.shards, split), storage.join(task.shards, split), settings.seq_len)
-    commit = find_latest(task.checkpoints)
-    if commit is not None:
-        check_world_size(commit, settings.num_workers, task.checkpoints, field=f"{run.step}.num_workers")
     check_cluster(
         run.run_dir,
-        num_workers=settings.num_workers,
+        num_workers=settings.min_workers,
         cpus_per_worker=settings.cpus_per_worker,
         gpus_per_worker=1.0 if task.device == "cuda" else 0.0,
         field=f"{run.step}.num_workers",

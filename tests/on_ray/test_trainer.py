@@ -9,11 +9,13 @@ os.environ["RAY_AUTH_MODE"] = "disabled"  # read when ray is imported
 import pytest
 import ray
 import ray._private.state
+import torch
 
-from ray_ds.errors import ArtifactError, ConfigError
+from ray_ds.errors import ArtifactError
 from ray_ds.on_ray import trainer
-from ray_ds.on_ray.trainer import train_on_ray
-from ray_ds.train.task import TrainTask
+from ray_ds.on_ray.trainer import TrainLoop, train_on_ray
+from ray_ds.train.host import Host
+from ray_ds.train.task import TrainResult, TrainTask
 from tests.train.runs import curve, make_settings, make_task, read_records, train_in_processes
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -57,26 +59,22 @@ def test_killed_worker_is_replaced_and_the_losses_are_those_of_an_uninterrupted_
     assert curve(read_records(task)) == curve(read_records(whole))
 
 
-def fails_once(task: TrainTask, kind: type[Exception], message: str) -> None:
+def fails_once(task: TrainTask, kind: type[Exception], message: str, loop: TrainLoop | None = None) -> None:
     """Assert that a run ends with an error, and that its workers were never replaced."""
     before = len(train_workers())
     with pytest.raises(kind, match=message):
-        train_on_ray(task, work=f"{task.output}/ray_train", on_report=lambda _: None)
+        train_on_ray(task, work=f"{task.output}/ray_train", on_report=lambda _: None, loop=loop)
     assert len(train_workers()) - before == task.settings.num_workers
 
 
-def test_mistake_found_by_a_worker_ends_the_run_at_once_and_reaches_the_user_as_it_is(tmp_path: Path) -> None:
-    train_in_processes(make_task(tmp_path, make_settings(steps=4), "two"))
-    alone = make_task(tmp_path, make_settings(steps=4, num_workers=1), "two")
-    fails_once(alone, ConfigError, r"num_workers \(1\) must be 2, as many workers as wrote checkpoint")
+def test_mistake_found_by_a_worker_ends_the_others_and_reaches_the_user_as_it_is(tmp_path: Path) -> None:
+    def find(task: TrainTask, host: Host) -> TrainResult:
+        if host.rank == 1:
+            raise ArtifactError("shards/0.arrow", "torn", "must be whole", "tokenize again")
+        torch.distributed.barrier()
+        raise AssertionError("the other worker is gone")
 
-
-def test_mistake_that_one_worker_finds_ends_the_others_that_wait_for_it(tmp_path: Path) -> None:
-    task = make_task(tmp_path, make_settings(steps=4))
-    train_in_processes(task)
-    for committed in Path(task.checkpoints).glob("*/COMMITTED.json"):
-        committed.write_text("{}")
-    fails_once(task, ArtifactError, "no older checkpoint is whole; restore it, or delete")
+    fails_once(make_task(tmp_path, SETTINGS), ArtifactError, r"^shards/0.arrow \(torn\) must be whole; token", find)
 
 
 def test_loss_that_is_no_number_ends_the_run_at_once(tmp_path: Path) -> None:

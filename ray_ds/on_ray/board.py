@@ -1,0 +1,182 @@
+"""The notice board of a training run: what is asked of its workers, what they say, and what happened when.
+
+It lives on the driver's node, outlives the workers, and ends with the job.
+"""
+
+import os
+import re
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from pydantic import JsonValue
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from ray_ds.train.host import Request
+
+_STEP = re.compile(r"\bstep (\d+)")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Event:
+    """Something that happened to the run."""
+
+    time: float
+    """Seconds since 1970."""
+    kind: str
+    """`workers_started`, `stepping`, `pause_asked`, `pause_withdrawn`, `safe`, `resizing`, `workers_lost`, `hung`,
+    `stop_asked`."""
+    facts: Mapping[str, JsonValue]
+    """What belongs to it: `attempt`, `workers`, `step`, `reason`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Look:
+    """The board at a moment, as the scaling policy needs it."""
+
+    request: Request
+    is_safe: bool
+    """Whether all workers of the group said that their state is safe."""
+    any_safe: bool
+    """Whether one of them did."""
+    stalled_s: Mapping[int, float]
+    """By rank: time since the worker was last somewhere else, of those that are not safe."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class News:
+    """What the driver has not seen yet."""
+
+    records: Sequence[Mapping[str, float]]
+    events: Sequence[Event]
+    stopped_at: int | None
+    """The step after which all workers stopped, once they were told to."""
+
+
+@dataclass(kw_only=True, slots=True)
+class _Worker:
+    """What one worker last said."""
+
+    place: str
+    since: float
+    """When it came there, by this process's clock that never jumps."""
+    safe_at: int | None = None
+
+
+@dataclass
+class Board:
+    """The board itself, without Ray; every method returns at once."""
+
+    request: Request = Request.NONE
+    attempt: int = 0
+    """Number of the worker group, from 1; what an older one says is ignored."""
+    num_workers: int = 0
+    furthest: int = 0
+    """The furthest step that a lost group was at."""
+    failures: int = 0
+    """Groups lost in a row without a step further than the ones before."""
+    _workers: dict[int, _Worker] = field(default_factory=dict)
+    _records: list[Mapping[str, float]] = field(default_factory=list)
+    _events: list[Event] = field(default_factory=list)
+    _is_stepping: bool = False
+
+    def begin(self, num_workers: int) -> None:
+        """Note that a new group starts; what its predecessor was asked is done, unless it was to stop."""
+        self.attempt += 1
+        self.num_workers = num_workers
+        self._workers = {}
+        self._is_stepping = False
+        if self.request is Request.PAUSE:
+            self.request = Request.NONE
+        self.note("workers_started", {"attempt": self.attempt, "workers": num_workers})
+
+    def join(self, rank: int, num_workers: int) -> int:
+        """Take in one of the new group's workers; return the group's number, which it names from now on."""
+        self.num_workers = num_workers
+        self._workers[rank] = _Worker(place="", since=time.monotonic())
+        return self.attempt
+
+    def beat(self, attempt: int, rank: int, place: str) -> Request:
+        """Note where a worker is; return what is asked of it."""
+        worker = self._workers.get(rank)
+        if attempt == self.attempt and worker is not None and worker.place != place:
+            worker.place, worker.since = place, time.monotonic()
+            if not self._is_stepping and (step := step_of(place)):
+                self._is_stepping = True
+                self.note("stepping", {"attempt": attempt, "workers": self.num_workers, "step": step})
+        return self.request
+
+    def safe(self, attempt: int, rank: int, step: int) -> None:
+        """Note that a worker's state is safe and that it does no more."""
+        if attempt == self.attempt and rank in self._workers:
+            self._workers[rank].safe_at = step
+            if self._is_safe():
+                self.note("safe", {"attempt": attempt, "step": step})
+
+    def report(self, record: Mapping[str, float]) -> None:
+        """Take a step's figures for the driver."""
+        self._records.append(record)
+
+    def ask(self, request: Request, reason: str) -> None:
+        """Ask the workers for something; a request to stop stays."""
+        if request > self.request:
+            self.request = request
+            self.note("stop_asked" if request is Request.STOP else "pause_asked", {"reason": reason})
+
+    def withdraw(self, reason: str) -> None:
+        """Ask for no pause any more."""
+        if self.request is Request.PAUSE:
+            self.request = Request.NONE
+            self.note("pause_withdrawn", {"reason": reason})
+
+    def fail(self, kind: str, facts: Mapping[str, JsonValue]) -> int:
+        """Note that the group is lost; return how many were in a row that came no further than those before.
+
+        A group whose state was safe lost nothing and does not count.
+        """
+        if self._is_safe():
+            return 0
+        reached = max((step_of(worker.place) for worker in self._workers.values()), default=0)
+        self.failures = 1 if reached > self.furthest else self.failures + 1
+        self.furthest = max(self.furthest, reached)
+        self._workers = {}
+        row = {"attempt": self.attempt, "step": reached, "in_a_row": self.failures}
+        self.note(kind, {**row, **facts})
+        return self.failures
+
+    def note(self, kind: str, facts: Mapping[str, JsonValue]) -> None:
+        """Write an event down."""
+        self._events.append(Event(time=time.time(), kind=kind, facts=dict(facts)))
+
+    def look(self) -> Look:
+        """Return the board for the scaling policy."""
+        now = time.monotonic()
+        waiting = {rank: now - worker.since for rank, worker in self._workers.items() if worker.safe_at is None}
+        any_safe = len(waiting) < len(self._workers)
+        return Look(request=self.request, is_safe=self._is_safe(), any_safe=any_safe, stalled_s=waiting)
+
+    def collect(self, num_events: int) -> News:
+        """Return the events behind the first `num_events`, and all figures since the last call."""
+        records, self._records = self._records, []
+        step = self._workers[0].safe_at if self.request is Request.STOP and self._is_safe() else None
+        return News(records=records, events=self._events[num_events:], stopped_at=step)
+
+    def _is_safe(self) -> bool:
+        """Tell whether the whole group is safe."""
+        states = [worker.safe_at is not None for worker in self._workers.values()]
+        return 0 < self.num_workers == len(states) and all(states)
+
+
+def step_of(place: str) -> int:
+    """Return the step that a place such as `step 12 micro-batch 3` names; 0 where it names none."""
+    found = _STEP.search(place)
+    return int(found[1]) if found else 0
+
+
+def open_board(name: str) -> Any:
+    """Start the board of a run on this process's node and return its handle."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    actor = ray.remote(num_cpus=0, max_restarts=0)(Board)
+    return actor.options(name=f"{name}-{os.urandom(4).hex()}", scheduling_strategy=here).remote()

@@ -1,0 +1,309 @@
+"""Elastic training on Ray Train's hooks: how many workers, when they change, and what a lost one costs.
+
+What leans on private parts of Ray (2.60) is here, in `spares.py` and in `nodes.py`; `tests/on_ray/test_elastic.py` has
+the contract. The setting `scaling = "stock"` goes without. What Ray Train's own policy does not do: it restarts workers
+without a word, so that the work since the last checkpoint is lost; it counts nodes that drain or just died; it looks
+for new nodes every 20 s and waits a minute for a dead one.
+"""
+
+import logging
+import sys
+import threading
+import time
+import traceback
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.train import FailureConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch.config import _TorchBackend
+from ray.train.v2._internal.constants import get_env_vars_to_propagate
+from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError
+from ray.train.v2._internal.execution.callback import WorkerGroupCallback
+from ray.train.v2._internal.execution.failure_handling import FailureDecision
+from ray.train.v2._internal.execution.failure_handling.default import DefaultFailurePolicy, _is_preemption_failure
+from ray.train.v2._internal.execution.scaling_policy import NoopDecision
+from ray.train.v2._internal.execution.scaling_policy.elastic import ElasticScalingPolicy
+from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from ray_ds.on_ray.board import Look
+from ray_ds.on_ray.nodes import answering, draining_nodes, usable_nodes
+from ray_ds.on_ray.sizing import Node, Offer, Sizes, joining, room
+from ray_ds.on_ray.spares import SparedController, Spares
+from ray_ds.train.host import Request
+
+NODE_LABEL = "ray.io/node-id"
+CONTROLLER_ENV = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # it would wait for the node's end before it restarts anything
+    "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0",
+}
+"""What Ray Train's controller reads, if the driver's environment does not say otherwise."""
+SETTLE_S = 2.0
+"""Time that more room must last before workers are added."""
+FREE_WAIT_S = 3.0
+"""Time to wait, before workers start, for resources that the cluster has and something else still holds."""
+SPARE_WAIT_S = 20.0
+"""Time that a larger size waits, at most, for warm processes on the new nodes; training goes on meanwhile."""
+SPARE_DELAY_S = 5.0
+"""Time that a new group has for itself before its spares start."""
+CALL_TIMEOUT_S = 10.0
+STACKS_TIMEOUT_S = 5.0
+RESOURCE_REQUEST_S = 20.0
+"""As often as Ray Train's own policies; a request holds for three minutes."""
+
+logger = logging.getLogger("ray.train")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """What the policies go by."""
+
+    sizes: Sizes
+    grow_pause_s: float
+    hang_timeout_s: float
+    max_failures: int
+    spare_modules: tuple[str, ...] = ()
+    """What spare workers import; none are kept where this is empty."""
+
+
+class ElasticTorchTrainer(TorchTrainer):  # type: ignore[misc, unused-ignore]
+    """A `TorchTrainer` whose workers are scaled and replaced by this file's policies."""
+
+    def __init__(self, *args: Any, plan: Plan, board: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._plan = plan
+        self._board = board
+
+    def _initialize_and_run_controller(self, **options: Any) -> Any:
+        options["scaling_policy"] = GracefulElasticPolicy(self.scaling_config, self._plan, self._board)
+        options["failure_policy"] = BoundedFailurePolicy(self._plan, self._board)
+        options["callbacks"] = [*options["callbacks"], _EndUnfinishedAtOnce()]
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        env = {**CONTROLLER_ENV, **get_env_vars_to_propagate()}
+        actor = ray.remote(num_cpus=0, runtime_env={"env_vars": env}, scheduling_strategy=here)(SparedController)
+        controller = actor.remote(**options, modules=self._plan.spare_modules)
+        ray.get(controller.run.remote())
+        return ray.get(controller.get_result.remote())
+
+
+class GracefulElasticPolicy(ElasticScalingPolicy):  # type: ignore[misc, unused-ignore]
+    """Grows when nodes have joined and leaves those that drain, both only once the workers' state is safe.
+
+    It shrinks for no other reason; lost workers are the failure policy's. It runs in Ray Train's controller, which
+    asks it twice a second.
+    """
+
+    def __init__(self, scaling_config: Any, plan: Plan, board: Any) -> None:
+        super().__init__(scaling_config)
+        self._plan = plan
+        self._board = board
+        self.spares: Spares
+        self._need: dict[str, float] = scaling_config._resources_per_worker_not_none
+        self._offer = Offer()
+        self._held: Counter[str] = Counter()
+        """Workers by node."""
+        self._joining: Counter[str] = Counter()
+        """Workers that will be added, by node, once more room has lasted."""
+        self._chosen: list[str] = []
+        """Nodes that the next group is placed on."""
+        self._asking: threading.Thread | None = None
+        self._asked_for_resources_at = float("-inf")
+        self._asked_at: float | None = None
+        self._next_growth_at = 0.0
+        self._waiting_since: float | None = None
+
+    def make_decision_for_non_running_worker_group(self) -> Any:
+        """Start as many workers as living nodes hold, as soon as the least number fits."""
+        self._maybe_send_resource_request()
+        if self._look().request is Request.STOP:
+            raise StoppedWithoutWorkers("told to stop while no workers ran")
+        now = time.monotonic()
+        if self._waiting_since is None:
+            self._waiting_since = now
+        nodes = usable_nodes(self._need, self._held, self._plan.sizes.max_workers)
+        size = self._plan.sizes.largest(room(nodes))
+        possible = self._plan.sizes.largest(sum(node.total for node in nodes))
+        if size == 0 or (size < possible and now - self._waiting_since < FREE_WAIT_S):
+            return NoopDecision()
+        return self._resize(size, nodes)
+
+    def make_decision_for_running_worker_group(self, worker_group_state: Any, worker_group_status: Any) -> Any:
+        """Ask for a pause when the group should change, and change it when its state is safe."""
+        self._maybe_send_resource_request()
+        self._held = Counter(worker.metadata.node_id for worker in worker_group_state.workers)
+        look = self._look()
+        if look.request is Request.STOP:
+            return NoopDecision()
+        if hung := [rank for rank, stalled in look.stalled_s.items() if stalled > self._plan.hang_timeout_s]:
+            return self._replace_hung(hung, worker_group_state.workers)
+        now = time.monotonic()
+        if self._asked_at is None:
+            if now > worker_group_state.start_time + SPARE_DELAY_S:
+                self.spares.keep(self._held + self._joining)
+            if reason := self._reason_to_pause(worker_group_state, now):
+                self._call(self._board.ask.remote(Request.PAUSE, reason))
+                self._asked_at = now
+        elif look.is_safe:
+            nodes = usable_nodes(self._need, self._held, self._plan.sizes.max_workers)
+            size = self._plan.sizes.largest(room(nodes))
+            return self._resize(size, nodes) if size else NoopDecision()
+        elif not look.any_safe and now - self._asked_at > self._plan.hang_timeout_s:
+            self._call(self._board.withdraw.remote("the workers did not pause in time"))
+            self._asked_at = None
+            self._next_growth_at = now + self._plan.grow_pause_s
+        return NoopDecision()
+
+    def on_controller_start_worker_group(self, *, scaling_config: Any, num_workers: int) -> dict[str, str] | None:
+        """Note the new group on the board, and keep it to the nodes that were found alive and staying."""
+        self._call(self._board.begin.remote(num_workers))
+        self._held, self._joining = Counter(), Counter()
+        return {NODE_LABEL: f"in({','.join(self._chosen)})"} if self._chosen else None
+
+    def _reason_to_pause(self, group: Any, now: float) -> str | None:
+        """Return why the group should change, if it should."""
+        size = sum(self._held.values())
+        if leaving := self._held.keys() & draining_nodes():
+            return f"nodes drain: {', '.join(sorted(node[:8] for node in leaving))}"
+        nodes = usable_nodes(self._need, self._held, self._plan.sizes.max_workers, probe=False)
+        offered = self._plan.sizes.largest(room(nodes))
+        stands_s = self._offer.stands(offered if offered > size else 0, now)
+        self._joining = Counter(joining(nodes, self._held, offered) if offered > size else {})
+        resting = now < max(group.start_time + self._plan.grow_pause_s, self._next_growth_at)
+        warming = stands_s < SPARE_WAIT_S and not self.spares.are_warm(self._joining)
+        if stands_s < SETTLE_S or resting or warming:
+            return None
+        reached = self._plan.sizes.largest(room(answering(nodes)))
+        return f"room for {reached} workers, {size} run" if reached > size else None
+
+    def _resize(self, size: int, nodes: Sequence[Node]) -> Any:
+        """Return the decision to run `size` workers on these nodes."""
+        self._chosen = [node.node_id for node in nodes if node.free]
+        self._asked_at = self._waiting_since = None
+        self._offer.stands(0, 0.0)
+        running = sum(self._held.values())
+        self._board.note.remote("resizing", {"from": running, "to": size})
+        return self._get_resize_decision(size)
+
+    def _replace_hung(self, ranks: list[int], workers: Sequence[Any]) -> Any:
+        """Keep the stack traces of all workers, then replace them, unless that was done too often."""
+        stacks: dict[str, str] = {str(rank): text for rank, text in enumerate(_stacks(workers))}
+        facts = {"ranks": ranks, "stalled_s": self._plan.hang_timeout_s, "stacks": stacks}
+        in_a_row = self._call(self._board.fail.remote("hung", facts))
+        if in_a_row > self._plan.max_failures:
+            raise RuntimeError(
+                f"workers {ranks} made no progress for {self._plan.hang_timeout_s:g} s, {in_a_row} times"
+            )
+        nodes = usable_nodes(self._need, self._held, self._plan.sizes.max_workers)
+        return self._resize(self._plan.sizes.largest(room(nodes)) or sum(self._held.values()), nodes)
+
+    def _send_resource_request(self) -> None:
+        """Tell the autoscaler what is wanted, in a thread: the actor that passes it on may be lost with its node."""
+        if self._asking is None or not self._asking.is_alive():
+            self._asking = threading.Thread(target=super()._send_resource_request, daemon=True)
+            self._asking.start()
+
+    def _maybe_send_resource_request(self) -> None:
+        if time.monotonic() > self._asked_for_resources_at + RESOURCE_REQUEST_S:
+            self._asked_for_resources_at = time.monotonic()
+            self._send_resource_request()
+
+    def _look(self) -> Look:
+        look: Look = self._call(self._board.look.remote())
+        return look
+
+    def _call(self, answer: Any) -> Any:
+        return ray.get(answer, timeout=CALL_TIMEOUT_S)
+
+
+class StoppedWithoutWorkers(Exception):
+    """The run was told to stop while no workers ran; Ray Train tries nothing again after it."""
+
+
+class BoundedFailurePolicy(DefaultFailurePolicy):  # type: ignore[misc, unused-ignore]
+    """Replaces lost workers at most `max_failures` times without a step further in between."""
+
+    def __init__(self, plan: Plan, board: Any) -> None:
+        super().__init__(FailureConfig(max_failures=-1))
+        self._plan = plan
+        self._board = board
+
+    def make_decision(self, training_failed_error: Any) -> FailureDecision:
+        """Note what was lost on the board, which counts."""
+        decision = super().make_decision(training_failed_error)
+        if decision is not FailureDecision.RETRY:
+            return decision
+        cause = getattr(training_failed_error, "controller_failure", None)
+        if isinstance(training_failed_error, WorkerGroupError):
+            lost = {str(rank): _headline(error) for rank, error in training_failed_error.worker_failures.items()}
+        elif isinstance(training_failed_error, ControllerError) and isinstance(cause, WorkerGroupStartupFailedError):
+            lost = {"start": _headline(cause)}
+        else:
+            return decision
+        in_a_row = ray.get(self._board.fail.remote("workers_lost", {"errors": lost}), timeout=CALL_TIMEOUT_S)
+        is_over = in_a_row > self._plan.max_failures and not _is_preemption_failure(training_failed_error)
+        return FailureDecision.RAISE if is_over else decision
+
+
+def _headline(error: BaseException) -> str:
+    """Return an error in one line."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[-1] if lines else ''}"[:300]
+
+
+class _EndUnfinishedAtOnce(WorkerGroupCallback):  # type: ignore[misc, unused-ignore]
+    """Kills workers that have not finished instead of asking them to end, for which Ray waits where one is dead.
+
+    They are safe, lost or hung; a killed process leaves nothing that its successor needs.
+    """
+
+    def before_worker_group_shutdown(self, worker_group: Any) -> None:
+        """Kill the workers."""
+        status = worker_group.get_latest_poll_status()
+        if status is None or not status.finished or status.errors:
+            for worker in worker_group.get_workers():
+                ray.kill(worker.actor)
+
+
+class _KeptGroupBackend(_TorchBackend):  # type: ignore[misc, unused-ignore]
+    """Leaves the process group to the end of its processes; taking it down waits for lost ones, up to 30 s."""
+
+    def on_shutdown(self, worker_group: Any, backend_config: Any) -> None:
+        """Do nothing."""
+
+
+@dataclass
+class KeptGroupTorchConfig(TorchConfig):  # type: ignore[misc, unused-ignore]
+    """A `TorchConfig` with that backend."""
+
+    @property
+    def backend_cls(self) -> type[_KeptGroupBackend]:
+        """Return the backend's class."""
+        return _KeptGroupBackend
+
+
+def _stacks(workers: Sequence[Any]) -> list[str]:
+    """Return what each worker's threads are doing, as far as it still answers."""
+    answers = [worker.execute_async(format_stacks) for worker in workers]
+    ready, _ = ray.wait(answers, num_returns=len(answers), timeout=STACKS_TIMEOUT_S)
+    texts = []
+    for answer in answers:
+        try:
+            texts.append(ray.get(answer) if answer in ready else "does not answer")
+        except ray.exceptions.RayError as error:
+            texts.append(_headline(error))
+    return texts
+
+
+def format_stacks() -> str:
+    """Return the stack of each thread of this process."""
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    parts = []
+    for ident, frame in sys._current_frames().items():
+        parts.append(f"{names.get(ident, ident)}\n{''.join(traceback.format_stack(frame))}")
+    return "\n".join(parts)

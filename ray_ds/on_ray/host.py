@@ -1,0 +1,64 @@
+"""A worker of Ray Train, as the training loop sees it."""
+
+import threading
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import ray
+import ray.train
+import torch
+
+from ray_ds.train.host import Request, SnapshotStore
+
+BEAT_S = 0.5
+WORKERS_PER_BEAT_S = 500
+"""Beats a second that the board takes in without a worry; with more workers each of them beats less often."""
+
+
+class RayHost:
+    """The place of a process in Ray Train's worker group; a thread talks to the board, so the loop never waits."""
+
+    def __init__(self, device: torch.device, board: Any, snapshots: SnapshotStore | None) -> None:
+        context = ray.train.get_context()
+        self.rank: int = context.get_world_rank()
+        self.world_size: int = context.get_world_size()
+        self.device = device
+        self.snapshots = snapshots
+        self.is_stopped = False
+        """Whether the process was told to stop and is safe."""
+        self._board = board
+        self._attempt: int = ray.get(board.join.remote(self.rank, self.world_size))
+        self._place = ""
+        self._request = Request.NONE
+        threading.Thread(target=self._talk, daemon=True, name="board").start()
+
+    def report(self, record: Mapping[str, float]) -> None:
+        """Send the record to the driver, from rank 0 and without waiting."""
+        if self.rank == 0:
+            self._board.report.remote(dict(record))
+
+    def request(self) -> Request:
+        """Return what this process was asked for, half a second ago at most."""
+        return self._request
+
+    def beat(self, place: str) -> None:
+        """Say where this process is."""
+        self._place = place
+
+    def safe(self, step: int) -> None:
+        """Say that the state is safe and wait; return only when told to stop."""
+        ray.get(self._board.safe.remote(self._attempt, self.rank, step))
+        while self._request is not Request.STOP:
+            time.sleep(BEAT_S / 5)
+        self.is_stopped = True
+
+    def _talk(self) -> None:
+        """Tell the board where this process is and hear what is asked, until one of the two ends."""
+        pause = max(BEAT_S, self.world_size / WORKERS_PER_BEAT_S)
+        while True:
+            try:
+                self._request = ray.get(self._board.beat.remote(self._attempt, self.rank, self._place))
+            except ray.exceptions.RayError:
+                return
+            time.sleep(pause)

@@ -1,0 +1,59 @@
+"""The nodes that training may use: alive, not about to leave, and answering."""
+
+import socket
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import ray
+from ray._private.state import state as ray_state
+
+from ray_ds.on_ray.sizing import Node, workers_that_fit
+
+PROBE_TIMEOUT_S = 2.0
+"""Enough for one lost packet; a stopped process still accepts, and a dead one refuses at once."""
+
+
+def usable_nodes(need: Mapping[str, float], held: Mapping[str, int], most: int, *, probe: bool = True) -> list[Node]:
+    """Return the nodes that live, stay and, if asked, answer, with the workers they hold.
+
+    Args:
+        need: resources of a worker.
+        held: workers of this run by node, whose resources count as free.
+        most: workers that a node counts for where workers need nothing.
+    """
+    draining = draining_nodes()
+    available = ray_state.available_resources_per_node()
+    nodes = []
+    for node in ray.nodes():
+        node_id = node["NodeID"]
+        if not node["Alive"] or node_id in draining:
+            continue
+        total = workers_that_fit(node["Resources"], need, most)
+        free = min(total, workers_that_fit(available.get(node_id, {}), need, most) + held.get(node_id, 0))
+        address = (node["NodeManagerAddress"], node["NodeManagerPort"])
+        if total:
+            nodes.append(Node(node_id=node_id, address=address, total=total, free=free))
+    return answering(nodes) if probe else nodes
+
+
+def draining_nodes() -> set[str]:
+    """Return the nodes that were told to leave, by `ray drain-node`, the autoscaler or a spot notice."""
+    return set(ray_state.get_draining_nodes())
+
+
+def answering(nodes: Sequence[Node]) -> list[Node]:
+    """Return the nodes whose raylet accepts a connection; Ray itself takes seconds to notice a death."""
+    if not nodes:
+        return []
+    with ThreadPoolExecutor(max_workers=min(64, len(nodes))) as pool:
+        answers = pool.map(_accepts, [node.address for node in nodes])
+        return [node for node, is_up in zip(nodes, answers, strict=True) if is_up]
+
+
+def _accepts(address: tuple[str, int]) -> bool:
+    """Tell whether something listens at an address."""
+    try:
+        socket.create_connection(address, timeout=PROBE_TIMEOUT_S).close()
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,84 @@
+import pytest
+
+from ray_ds.on_ray.board import Board, step_of
+from ray_ds.train.host import Request
+
+
+def running(workers: int = 2) -> Board:
+    board = Board()
+    begin(board, workers)
+    return board
+
+
+def begin(board: Board, workers: int = 2) -> None:
+    board.begin(workers)
+    for rank in range(workers):
+        assert board.join(rank, workers) == board.attempt
+
+
+def lose(board: Board, step: int) -> int:
+    """Come to a step, lose the group there and start the next."""
+    board.beat(board.attempt, 0, f"step {step}")
+    in_a_row = board.fail("workers_lost", {})
+    begin(board)
+    return in_a_row
+
+
+def test_a_group_is_safe_once_all_its_workers_are() -> None:
+    board = running()
+    board.safe(1, 0, 7)
+    assert not board.look().is_safe and board.look().any_safe and list(board.look().stalled_s) == [1]
+    board.safe(1, 1, 7)
+    assert board.look().is_safe and board.look().stalled_s == {}
+
+
+def test_what_workers_of_an_older_group_say_is_ignored() -> None:
+    board = running(1)
+    begin(board, 1)
+    board.safe(1, 0, 7)
+    board.beat(1, 0, "step 9")
+    assert not board.look().any_safe
+    assert board.fail("workers_lost", {}) == 1 and board.furthest == 0
+
+
+def test_a_new_group_is_not_asked_for_the_pause_that_made_it_but_must_still_stop() -> None:
+    board = running()
+    board.ask(Request.PAUSE, "grow")
+    begin(board)
+    assert board.beat(2, 0, "") is Request.NONE
+    board.ask(Request.STOP, "told")
+    board.ask(Request.PAUSE, "grow")
+    board.withdraw("too late")
+    begin(board)
+    assert board.beat(3, 0, "") is Request.STOP
+
+
+def test_losses_count_in_a_row_only_while_training_comes_no_further() -> None:
+    board = running()
+    assert [lose(board, step) for step in (5, 5, 4, 6, 6)] == [1, 2, 3, 1, 2]
+
+
+def test_a_group_that_was_safe_lost_nothing() -> None:
+    board = running(1)
+    board.beat(1, 0, "step 3")
+    board.safe(1, 0, 3)
+    assert board.fail("workers_lost", {}) == 0
+
+
+def test_the_driver_sees_each_event_and_each_record_once_and_where_training_stopped() -> None:
+    board = running(1)
+    board.report({"step": 1})
+    board.beat(1, 0, "step 2 micro-batch 1")
+    first = board.collect(0)
+    assert [event.kind for event in first.events] == ["workers_started", "stepping"] and first.stopped_at is None
+    assert first.records == [{"step": 1}]
+    board.ask(Request.STOP, "told")
+    board.safe(1, 0, 2)
+    second = board.collect(len(first.events))
+    assert [event.kind for event in second.events] == ["stop_asked", "safe"]
+    assert second.stopped_at == 2 and second.records == []
+
+
+@pytest.mark.parametrize(("place", "step"), [("step 12 micro-batch 3", 12), ("validation after step 7", 7), ("", 0)])
+def test_step_of_a_place(place: str, step: int) -> None:
+    assert step_of(place) == step

@@ -1,0 +1,136 @@
+"""Elastic training on real nodes that join, drain and die."""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from ray.cluster_utils import Cluster
+from ray.train.torch import TorchTrainer
+from ray.train.v2.api.exceptions import WorkerGroupError
+
+from ray_ds.on_ray import trainer
+from ray_ds.on_ray.elastic import ElasticTorchTrainer
+from ray_ds.on_ray.trainer import TrainingStopped
+from ray_ds.train.host import Host
+from ray_ds.train.task import TrainResult, TrainTask
+from tests.on_ray.elastic_runs import Run, bring_to, count_steps, drain_node, kill_node, worker_node_ids
+from tests.on_ray.two_nodes import start_cluster
+from tests.train.runs import make_settings, make_task
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    with start_cluster() as cluster:
+        yield cluster
+
+
+@pytest.mark.shows("Training grows onto a node that joins without losing a step: it pauses safely first")
+def test_joined_node_is_used_and_no_step_is_lost(cluster: Cluster, tmp_path: Path) -> None:
+    bring_to(cluster, 1)
+    run = Run(tmp_path)
+    run.wait_until(lambda run: run.workers == 1)
+    bring_to(cluster, 2)
+    run.wait_until(lambda run: run.workers == 2)
+    run.end()
+    assert run.steps == list(range(1, len(run.steps) + 1)), "a step was lost or done twice"
+    assert run.kinds().count("workers_started") == 2
+
+
+@pytest.mark.shows("Training leaves a node that drains (`ray drain-node`, spot notice) in time, without losing a step")
+def test_draining_node_is_left_in_time_and_no_step_is_lost(cluster: Cluster, tmp_path: Path) -> None:
+    bring_to(cluster, 2)
+    run = Run(tmp_path)
+    run.wait_until(lambda run: run.workers == 2)
+    (leaving,) = worker_node_ids()[1:]
+    deadline = time.time() + 60
+    drain_node(cluster, leaving, 60)
+    run.wait_until(lambda run: run.workers == 1)
+    assert run.records[-1]["time"] < deadline
+    run.end()
+    assert run.steps == list(range(1, len(run.steps) + 1)), "a step was lost or done twice"
+    assert "workers_lost" not in run.kinds()
+    kill_node(cluster, leaving)
+
+
+@pytest.mark.shows("Training goes on with the survivors when a node is killed, from the newest state")
+def test_killed_node_leaves_the_survivors_training(cluster: Cluster, tmp_path: Path) -> None:
+    bring_to(cluster, 2)
+    run = Run(tmp_path)
+    run.wait_until(lambda run: run.workers == 2 and run.steps[-1] > 25)
+    before = len(run.steps)
+    kill_node(cluster, worker_node_ids()[1])
+    run.wait_until(lambda run: run.workers == 1)
+    run.end()
+    first = next(step for step, record in zip(run.steps, run.records, strict=True) if record["workers"] == 1)
+    assert run.steps[before - 1] - 10 <= first <= max(run.steps), "more than the steps since the last state were lost"
+    assert run.kinds().count("workers_lost") == 1
+
+
+@pytest.mark.shows("A run that is told to stop ends once its state is safe; the next submit goes on from there")
+def test_stopped_run_is_safe_and_the_next_goes_on(cluster: Cluster, tmp_path: Path) -> None:
+    bring_to(cluster, 1)
+    run = Run(tmp_path, num_workers=1)
+    run.wait_until(lambda run: len(run.steps) > 12)
+    run.end()
+    assert isinstance(run.error, TrainingStopped) and run.error.step == run.steps[-1]
+    again = Run(tmp_path, num_workers=1, steps=run.error.step + 5)
+    again.thread.join(60)
+    assert again.result is not None and again.steps == [run.error.step + 1 + number for number in range(5)]
+
+
+def test_run_that_waits_for_nodes_stops_when_told(cluster: Cluster, tmp_path: Path) -> None:
+    bring_to(cluster, 1)
+    run = Run(tmp_path, num_workers=[3, 4])
+    time.sleep(3)
+    run.end()
+    assert isinstance(run.error, TrainingStopped) and run.error.step is None
+
+
+def test_workers_that_die_without_coming_further_end_the_run(cluster: Cluster, tmp_path: Path) -> None:
+    def fail(task: TrainTask, host: Host) -> TrainResult:
+        if (tries := Path(task.checkpoints) / "tries").exists():
+            raise RuntimeError("no step")
+        tries.parent.mkdir(parents=True, exist_ok=True)
+        tries.touch()
+        host.beat("step 1")
+        time.sleep(2)
+        raise RuntimeError("one step")
+
+    bring_to(cluster, 1)
+    run = Run(tmp_path, num_workers=1, loop=fail, max_failures=2)
+    run.thread.join(100)
+    assert isinstance(run.error, WorkerGroupError)
+    assert [event.facts["in_a_row"] for event in run.events if event.kind == "workers_lost"] == [1, 2, 3]
+
+
+@pytest.mark.shows("A worker that hangs is found in a set time: its stack traces are kept and training goes on")
+def test_hung_worker_is_replaced_and_its_stacks_are_kept(cluster: Cluster, tmp_path: Path) -> None:
+    def hang_once(task: TrainTask, host: Host) -> TrainResult:
+        hung = Path(task.checkpoints) / "hung"
+        if not hung.exists():
+            hung.parent.mkdir(parents=True, exist_ok=True)
+            hung.touch()
+            host.beat("step 3 micro-batch 1")
+            time.sleep(600)
+        return count_steps(task, host)
+
+    bring_to(cluster, 1)
+    run = Run(tmp_path, num_workers=1, loop=hang_once, hang_timeout_s=3.0)
+    run.wait_until(lambda run: len(run.steps) > 3)
+    run.end()
+    (stacks,) = run.work.glob("*/stacks-attempt1-rank0.txt")
+    assert "in hang_once" in stacks.read_text() and run.kinds().count("hung") == 1
+
+
+def test_stock_scaling_is_ray_trains_own(cluster: Cluster, tmp_path: Path) -> None:
+    bring_to(cluster, 1)
+    stock = make_task(tmp_path, make_settings(num_workers=[1, 2], scaling="stock"))
+    assert type(trainer._make_trainer(stock, str(tmp_path), "name", None, None)) is TorchTrainer
+    ours = make_task(tmp_path, make_settings(num_workers=[1, 2]))
+    assert type(trainer._make_trainer(ours, str(tmp_path), "name", None, None)) is ElasticTorchTrainer
+    run = Run(tmp_path, scaling="stock", steps=5)
+    run.thread.join(100)
+    assert run.result is not None and run.steps == [1, 2, 3, 4, 5]
