@@ -1,8 +1,13 @@
 # Functions for the flavour "netns": each node in a network namespace with an address of its own, all on one bridge. What they make is
-# named after the network's number N: bridge rdsN, namespaces ray-ds-N-NAME, and for the K-th node the link rdsN-K on this host's side.
+# named after the network's number N: bridge rdsN, namespaces ray-ds-N-NAME, for the K-th node the link rdsN-K on the host's side, and
+# ray-ds-N as a name of the host's own namespace, so that a process in a node can change the cluster too.
 
 namespace_of() {   # NAME
   echo "ray-ds-$network-$1"
+}
+
+on_host() {   # ARGUMENT...: `ip` where the bridge is
+  ip -n "ray-ds-$network" "$@"
 }
 
 link_of() {   # NAME: this host's end of a node's cable
@@ -20,6 +25,7 @@ make_network() {   # set $network to a free number, and make its bridge with the
   for network in $(seq 1 254); do
     [ -z "$(ip -4 route list "10.77.$network.0/24")" ] || continue
     if ip link add "rds$network" type bridge 2>/dev/null; then
+      ip netns attach "ray-ds-$network" "$$"
       ip address add "10.77.$network.1/24" dev "rds$network"
       ip link set "rds$network" up
       return
@@ -35,19 +41,19 @@ plug_in() {   # NAME: give a node its namespace and cable, unless it has them
   link=$(link_of "$1")
   if [ -e "/run/netns/$space" ]; then return; fi
   ip netns add "$space"
-  ip link add "$link" type veth peer name eth0 netns "$space"
-  ip link set "$link" master "rds$network" up
+  on_host link add "$link" type veth peer name eth0 netns "$space"
+  on_host link set "$link" master "rds$network" up
   ip -n "$space" address add "$(address_of "$1")/24" dev eth0
   ip -n "$space" link set eth0 up
   ip -n "$space" link set lo up
-  ip -n "$space" route add default via "10.77.$network.1"
 }
 
 remove_network() {   # unmake exactly what was made for this cluster
   local name address
   while read -r name address; do
-    ip link delete "$(link_of "$name")" 2>/dev/null || true
+    on_host link delete "$(link_of "$name")" 2>/dev/null || true
     ip netns delete "$(namespace_of "$name")" 2>/dev/null || true
   done <"$state/nodes"
-  ip link delete "rds$network" 2>/dev/null || true
+  on_host link delete "rds$network" 2>/dev/null || true
+  ip netns delete "ray-ds-$network" 2>/dev/null || true
 }

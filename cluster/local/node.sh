@@ -97,6 +97,7 @@ restart_head() {   # WHAT: gcs or node
 [ -f "$state/settings" ] || refuse "RAY_DS_CLUSTER_DIR ($state) must be that of a running cluster; start one with: cluster/local/up.sh"
 . "$state/settings"
 . "$state/env"
+. "$state/store_env"
 PATH="$(dirname "$ray"):$PATH"
 exec 9>"$state/lock"
 command=${1:-help} name=${2:-}
@@ -117,8 +118,8 @@ case "$command" in
   kill) need_known "$name"; kill_node "$name" ;;
   drain) drain "$name" "${3:-30}" ;;
   kill-after) kill_after "$2" "$3" "$4" ;;
-  cut) need_cable "$name"; ip link set "$(link_of "$name")" down ;;
-  heal) need_cable "$name"; ip link set "$(link_of "$name")" up ;;
+  cut) need_cable "$name"; on_host link set "$(link_of "$name")" down ;;
+  heal) need_cable "$name"; on_host link set "$(link_of "$name")" up ;;
   exec) need_known "$name"; exec 9>&-; in_network "$name" "${@:3}" ;;
   pids) need_running "$name"; tree "$(group_of "$name")" "$(mark_of "$name")" ;;
   restart-head)

@@ -50,19 +50,21 @@ in_network() {   # NAME COMMAND...: run a command where a node's network is
 
 start_node() {   # NAME ARGUMENT...: run one node in its own process group and record it
   local name=$1; shift
-  local place=()
-  if [ "$flavour" = netns ]; then place=(nsenter --net="/run/netns/$(namespace_of "$name")"); fi
-  setsid "${place[@]}" env -u RAY_ADDRESS "$(mark_of "$name")" "$ray" start --block --disable-usage-stats --dashboard-agent-listen-port=0 \
+  local place=(env -u RAY_ADDRESS)
+  if [ "$flavour" = netns ]; then   # gloo would take the host's name for the node's address
+    place=(nsenter --net="/run/netns/$(namespace_of "$name")" "${place[@]}" GLOO_SOCKET_IFNAME=eth0)
+  fi
+  setsid "${place[@]}" "$(mark_of "$name")" "$ray" start --block --disable-usage-stats --dashboard-agent-listen-port=0 \
     --object-store-memory="$store_memory" --memory="$node_memory" --node-ip-address="$(address_of "$name")" "$@" \
     >"$state/$name.log" 2>&1 </dev/null 9>&- &
   record "$!" "$name" >>"$state/processes"
 }
 
-start_head() {   # run the head; started again it takes over what the store of its GCS holds
-  . "$state/store_env"
+start_head() {   # run the head; started again it takes over what the store of its tables holds
+  rm -f "$temp/ray_current_cluster"   # with it Ray takes a raylet of another node on this host for a head that runs already
   start_node head --head --port="$gcs_port" --dashboard-host="$dashboard_host" --dashboard-port="$dashboard_port" \
     --num-cpus=1 --temp-dir="$temp" --include-dashboard=true "${store_arguments[@]}"
-  wait_for_port "$head_address" "$gcs_port" 60 "$state/head.log"
+  wait_for_port "$head_address" "$gcs_port" 60 "$state/head.log" "$(recorded_group head)"
 }
 
 start_worker() {   # NAME: run a worker; folders of its own, as on a machine of its own: a node that joins unpacks a job's files anew
@@ -73,7 +75,7 @@ wait_until_joined() {   # NAME SECONDS
   local end=$((SECONDS + $2))
   until grep -q "Ray runtime started" "$state/$1.log"; do
     if [ "$SECONDS" -ge "$end" ] || [ -z "$(group_of "$1")" ]; then
-      echo "the node $1 did not come up within $2 s; the end of $state/$1.log:" >&2
+      echo "the node $1 did not come up (it had $2 s); the end of $state/$1.log:" >&2
       tail -n 20 "$state/$1.log" >&2
       return 1
     fi

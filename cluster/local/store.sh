@@ -23,12 +23,12 @@ save ""
 CONF
   setsid env -u RAY_ADDRESS "$(mark_of redis)" "$server" "$state/redis/redis.conf" >"$state/redis.log" 2>&1 </dev/null 9>&- &
   record "$!" redis >>"$state/processes"
-  wait_for_port "$1" "$port" 20 "$state/redis.log"
+  wait_for_port "$1" "$port" 20 "$state/redis.log" "$(recorded_group redis)"
   RAY_REDIS_ADDRESS=$1:$port
   RAY_REDIS_PASSWORD=$password
 }
 
-prepare_store() {   # KIND ADDRESS: write $state/store_env, which start_head reads, for a store that listens at ADDRESS if it must
+prepare_store() {   # KIND ADDRESS: write $state/store_env, which starting a node needs, for a store that listens at ADDRESS if it must
   local namespace
   store_arguments=()
   case "$1" in
@@ -50,7 +50,7 @@ prepare_store() {   # KIND ADDRESS: write $state/store_env, which start_head rea
       ;;
   esac
   echo "store_arguments=(${store_arguments[*]@Q})" >>"$state/store_env"
-  if [ "$1" != memory ]; then   # nodes and drivers wait this long for the head; Ray's own 60 s are few for a host at full load
-    echo 'export RAY_gcs_rpc_server_reconnect_timeout_s=${RAY_gcs_rpc_server_reconnect_timeout_s:-300}' >>"$state/store_env"
+  if [ "$1" != memory ]; then   # nodes and drivers wait this long for the head; Ray's own 60 s are few for a machine that boots
+    echo "export RAY_gcs_rpc_server_reconnect_timeout_s=${RAY_gcs_rpc_server_reconnect_timeout_s:-300}" | tee -a "$state/env" >>"$state/store_env"
   fi
 }

@@ -62,9 +62,10 @@ ENV
 PATH="$(dirname "$ray"):$PATH"
 
 prepare_store "$store" "$subnet.1"
+. "$state/store_env"
 if [ "$flavour" = netns ]; then for name in head worker-1 worker-2; do plug_in "$name"; done; fi
 start_head
 for name in worker-1 worker-2; do start_worker "$name"; done
-wait_for_port "$dashboard_host" "$dashboard_port" 90 "$state/head.log"
+wait_for_port "$dashboard_host" "$dashboard_port" 90 "$state/head.log" "$(recorded_group head)"
 for name in head worker-1 worker-2; do wait_until_joined "$name" 90; done
 echo "the local cluster is up: 3 nodes, dashboard http://$dashboard_host:$dashboard_port; use it from a shell with: . $state/env"
