@@ -1,4 +1,4 @@
-# Functions for up.sh and down.sh: a process is known by its id and its start time, so that an id used again is not ours.
+# Functions that find and end processes: one is known by its id and its start time, so that an id used again is not ours.
 
 start_time() {   # PID: clock ticks since boot at which it started; empty when it is gone
   awk '{sub(/^.*\) /, ""); print $20}' "/proc/$1/stat" 2>/dev/null || true
@@ -24,13 +24,49 @@ all_alive() {   # FILE: whether there are processes in it and all of them run
   done <"$1"
 }
 
-wait_for_port() {   # HOST PORT SECONDS LOG
+forget() {   # FILE NAME: drop the lines of a process from a file
+  local left
+  left=$(awk -v name="$2" '$3 != name' "$1")
+  printf '%s' "${left:+$left$'\n'}" >"$1"
+}
+
+tree() {   # GROUP MARK: ids of what runs in a group or has MARK in its environment, and of all their descendants
+  local marked
+  marked=$(grep -lszxF -- "$2" /proc/[0-9]*/environ | awk -F/ '{printf "%s ", $3}' || true)
+  ps -eo pid=,ppid=,pgid=,stat= | awk -v group="$1" -v marked="$marked" '
+    BEGIN {split(marked, ids, " "); for (i in ids) ours[ids[i]] = 1}
+    $4 !~ /^Z/ {parent[$1] = $2; if ($3 == group) ours[$1] = 1}
+    END {
+      do {more = 0; for (id in parent) if (!(id in ours) && parent[id] in ours) {ours[id] = 1; more = 1}} while (more)
+      for (id in ours) if (id in parent) print id
+    }'
+}
+
+kill_tree() {   # GROUP MARK: end at once all that belongs together, as when a machine loses power
+  local pid stopped=" " more=1
+  while [ "$more" = 1 ]; do   # stopped first, so that nothing new is started meanwhile and nobody says goodbye
+    more=0
+    for pid in $(tree "$1" "$2"); do
+      case "$stopped" in *" $pid "*) continue ;; esac
+      kill -STOP "$pid" 2>/dev/null || true
+      stopped="$stopped$pid "
+      more=1
+    done
+  done
+  # shellcheck disable=SC2086
+  kill -KILL $stopped 2>/dev/null || true
+  for pid in $stopped; do
+    for _ in $(seq 100); do [ -n "$(ps -o stat= -p "$pid" | grep -v '^Z')" ] || break; sleep 0.05; done
+  done
+}
+
+wait_for_port() {   # HOST PORT SECONDS LOG GROUP: wait until something listens, as long as a group of processes runs that should
   local end=$((SECONDS + $3))
   until (exec 3<>"/dev/tcp/$1/$2") 2>/dev/null; do
-    if [ "$SECONDS" -ge "$end" ]; then
-      echo "up.sh: nothing listens on port $2 after $3 s; the end of $4:" >&2
+    if [ "$SECONDS" -ge "$end" ] || [ -z "$(living "$5")" ]; then
+      echo "nothing listens on port $2 of $1 (it had $3 s); the end of $4:" >&2
       tail -n 20 "$4" >&2
-      exit 1
+      return 1
     fi
     sleep 0.2
   done
