@@ -55,11 +55,14 @@ class _Feed:
         self._queue: queue.SimpleQueue[Record | None] = queue.SimpleQueue()
         self._waiting: list[Record] = []
         self._tracker: Tracker | None = None
-        self._has_ended = self._is_finished = self._is_failing = False
+        self._has_ended = self._is_finished = False
+        self._num_put = self._num_kept = 0
+        self._next_try: float | None = None  # while the tracker fails
         self._thread = threading.Thread(target=self._work, name=f"tracker-{name}", daemon=True)
         self._thread.start()
 
     def put(self, record: Record) -> None:
+        self._num_put += 1
         self._queue.put(record)
 
     def end(self, is_finished: bool) -> None:
@@ -69,12 +72,17 @@ class _Feed:
     def join(self, timeout_s: float) -> None:
         self._thread.join(timeout_s)
         if self._thread.is_alive():
-            log_event("tracker_left_behind", tracker=self._name, records=len(self._waiting))
+            self._leave_behind()
+
+    def _leave_behind(self) -> None:
+        log_event("tracker_left_behind", tracker=self._name, records=self._num_put - self._num_kept)
 
     def _work(self) -> None:
         while not self._has_ended:
             self._take()
             self._hand_over()
+        if self._waiting:
+            self._leave_behind()
         if self._tracker is not None:
             try:
                 self._tracker.close(is_finished=self._is_finished)
@@ -82,16 +90,19 @@ class _Feed:
                 self._complain(error)
 
     def _take(self) -> None:
-        """Move what has arrived to what waits; blocks for the first, or until it is time to try again."""
-        timeout_s = RETRY_S if self._is_failing else None
-        try:
-            record = self._queue.get(timeout=timeout_s)
-            while record is not None:
+        """Move what arrives to what waits: from the first record all that is there, or all until the next try."""
+        deadline = self._next_try
+        while not self._has_ended:
+            try:
+                timeout_s = None if deadline is None else max(0.0, deadline - time.monotonic())
+                record = self._queue.get(timeout=timeout_s)
+            except queue.Empty:
+                break
+            if record is None:
+                self._has_ended = True
+            else:
                 self._waiting.append(record)
-                record = self._queue.get(block=False)
-            self._has_ended = True
-        except queue.Empty:
-            pass
+                deadline = deadline or time.monotonic()
         del self._waiting[:-KEPT_RECORDS]
 
     def _hand_over(self) -> None:
@@ -105,16 +116,17 @@ class _Feed:
         except Exception as error:  # whatever a tracker's package raises, training goes on
             self._complain(error)
             return
+        self._num_kept += len(self._waiting)
         self._waiting = []
-        if self._is_failing:
-            self._is_failing = False
+        if self._next_try is not None:
+            self._next_try = None
             log_event("tracker_recovered", tracker=self._name)
 
     def _complain(self, error: Exception) -> None:
         """Log the first error of a row."""
-        if not self._is_failing:
+        if self._next_try is None:
             log_event("tracker_failed", tracker=self._name, error=f"{type(error).__name__}: {error}")
-        self._is_failing = True
+        self._next_try = time.monotonic() + RETRY_S
 
 
 def check_trackers(names: Sequence[str], field: str) -> None:

@@ -236,6 +236,21 @@ def test_a_server_that_comes_back_gets_what_it_missed_and_is_complained_of_once(
     assert events[0][1] == {"tracker": "wandb", "error": "ConnectionError: server away"}
 
 
+def test_a_dead_server_is_not_asked_at_every_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, events: list[tuple[str, dict[str, object]]]
+) -> None:
+    tracker = Flaky(failures=1000)
+    monkeypatch.setattr(trackers, "OPEN", {"wandb": lambda run: tracker})
+    tracked = Trackers(["wandb"], make_run(tmp_path))
+    for step in range(1, 6):
+        tracked.log({"step": step})
+        time.sleep(0.02)
+    tracked.close(is_finished=True)
+    assert tracker.failures == 998  # at the first step, and at the end
+    assert [name for name, _ in events] == ["tracker_failed", "tracker_left_behind"]
+    assert events[1][1] == {"tracker": "wandb", "records": 5}
+
+
 @pytest.mark.shows("TensorBoard, W&B and MLflow follow a run over restarts; a dead server never slows or ends training")
 @pytest.mark.parametrize("is_finished", [True, False])
 def test_a_server_that_never_answers_stops_nothing(
@@ -252,8 +267,9 @@ def test_a_server_that_never_answers_stops_nothing(
     tracked.close(is_finished=is_finished)
     assert time.monotonic() - started < 4.0
     is_over.set()
-    names = sorted(name for name, _ in events)
-    assert names == ["tracker_failed", "tracker_left_behind"]
+    assert ("tracker_left_behind", {"tracker": "mlflow", "records": 1000}) in events
+    assert ("tracker_left_behind", {"tracker": "tensorboard", "records": 1000}) in events
+    assert [fields["tracker"] for name, fields in events if name == "tracker_failed"] == ["tensorboard"]
 
 
 def test_no_trackers_are_no_threads(tmp_path: Path) -> None:
