@@ -51,8 +51,6 @@ class News:
 
     records: Sequence[Mapping[str, float]]
     events: Sequence[Event]
-    stopped_at: int | None
-    """The step after which all workers stopped, once they were told to."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -81,27 +79,32 @@ class Board:
     _records: list[Mapping[str, float]] = field(default_factory=list)
     _events: list[Event] = field(default_factory=list)
     _is_stepping: bool = False
+    _is_lost: bool = False
 
     def begin(self, num_workers: int) -> None:
         """Note that a new group starts; what its predecessor was asked is done, unless it was to stop."""
         self.attempt += 1
         self.num_workers = num_workers
         self._workers = {}
-        self._is_stepping = False
+        self._is_stepping = self._is_lost = False
         if self.request is Request.PAUSE:
             self.request = Request.NONE
         self.note("workers_started", {"attempt": self.attempt, "workers": num_workers})
 
     def join(self, rank: int, num_workers: int) -> int:
-        """Take in one of the new group's workers; return the group's number, which it names from now on."""
-        self.num_workers = num_workers
+        """Take in one of the new group's workers; return the group's number.
+
+        Ray Train's own policy announces no group; there, the first worker that comes again begins one.
+        """
+        if self.attempt == 0 or rank in self._workers:
+            self.begin(num_workers)
         self._workers[rank] = _Worker(place="", since=time.monotonic())
         return self.attempt
 
     def beat(self, attempt: int, rank: int, place: str) -> Request:
         """Note where a worker is; return what is asked of it."""
-        worker = self._workers.get(rank)
-        if attempt == self.attempt and worker is not None and worker.place != place:
+        worker = self._worker(attempt, rank)
+        if worker is not None and worker.place != place:
             worker.place, worker.since = place, time.monotonic()
             if not self._is_stepping and (step := step_of(place)):
                 self._is_stepping = True
@@ -110,8 +113,9 @@ class Board:
 
     def safe(self, attempt: int, rank: int, step: int) -> None:
         """Note that a worker's state is safe and that it does no more."""
-        if attempt == self.attempt and rank in self._workers:
-            self._workers[rank].safe_at = step
+        worker = self._worker(attempt, rank)
+        if worker is not None:
+            worker.safe_at = step
             if self._is_safe():
                 self.note("safe", {"attempt": attempt, "step": step})
 
@@ -142,6 +146,7 @@ class Board:
         self.failures = 1 if reached > self.furthest else self.failures + 1
         self.furthest = max(self.furthest, reached)
         self._workers = {}
+        self._is_lost = True
         row = {"attempt": self.attempt, "step": reached, "in_a_row": self.failures}
         self.note(kind, {**row, **facts})
         return self.failures
@@ -160,8 +165,13 @@ class Board:
     def collect(self, num_events: int) -> News:
         """Return the events behind the first `num_events`, and all figures since the last call."""
         records, self._records = self._records, []
-        step = self._workers[0].safe_at if self.request is Request.STOP and self._is_safe() else None
-        return News(records=records, events=self._events[num_events:], stopped_at=step)
+        return News(records=records, events=self._events[num_events:])
+
+    def _worker(self, attempt: int, rank: int) -> _Worker | None:
+        """Return a worker of the present group; None for one of an older group, or of one that is given up."""
+        if attempt != self.attempt or self._is_lost:
+            return None
+        return self._workers.setdefault(rank, _Worker(place="", since=time.monotonic()))
 
     def _is_safe(self) -> bool:
         """Tell whether the whole group is safe."""

@@ -8,7 +8,9 @@ from typing import Any
 import ray
 import ray.train
 import torch
+import torch.distributed as dist
 
+from ray_ds.on_ray.keepers import Keepers
 from ray_ds.train.host import Request, SnapshotStore
 
 BEAT_S = 0.5
@@ -17,21 +19,33 @@ WORKERS_PER_BEAT_S = 500
 
 
 class RayHost:
-    """The place of a process in Ray Train's worker group; a thread talks to the board, so the loop never waits."""
+    """The place of a process in Ray Train's worker group; a thread talks to the board, so the loop never waits.
 
-    def __init__(self, device: torch.device, board: Any, snapshots: SnapshotStore | None) -> None:
+    Args:
+        board: the run's notice board.
+        keepers_run_id: names the keepers of the run's snapshots; None where none are kept.
+    """
+
+    def __init__(self, device: torch.device, board: Any, keepers_run_id: str | None) -> None:
         context = ray.train.get_context()
         self.rank: int = context.get_world_rank()
         self.world_size: int = context.get_world_size()
         self.device = device
-        self.snapshots = snapshots
-        self.is_stopped = False
-        """Whether the process was told to stop and is safe."""
         self._board = board
-        self._attempt: int = ray.get(board.join.remote(self.rank, self.world_size))
+        attempts, nodes = self._meet(ray.get(board.join.remote(self.rank, self.world_size)))
+        self._attempt = max(attempts)
+        self.snapshots: SnapshotStore | None = None
+        if keepers_run_id is not None:
+            self.snapshots = Keepers(keepers_run_id, rank=self.rank, nodes=nodes, attempt=self._attempt)
         self._place = ""
         self._request = Request.NONE
         threading.Thread(target=self._talk, daemon=True, name="board").start()
+
+    def _meet(self, attempt: int) -> tuple[list[int], list[str]]:
+        """Return each process's number of the group and its node, by rank."""
+        words: list[tuple[int, str]] = [(0, "")] * self.world_size
+        dist.all_gather_object(words, (attempt, ray.get_runtime_context().get_node_id()))
+        return [word[0] for word in words], [word[1] for word in words]
 
     def report(self, record: Mapping[str, float]) -> None:
         """Send the record to the driver, from rank 0 and without waiting."""
@@ -51,7 +65,6 @@ class RayHost:
         ray.get(self._board.safe.remote(self._attempt, self.rank, step))
         while self._request is not Request.STOP:
             time.sleep(BEAT_S / 5)
-        self.is_stopped = True
 
     def _talk(self) -> None:
         """Tell the board where this process is and hear what is asked, until one of the two ends."""

@@ -14,14 +14,15 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import ControllerError
 
 from ray_ds import storage
-from ray_ds.errors import RayDsError, UserError
+from ray_ds.errors import RetryableError, UserError
 from ray_ds.logs import log_event, setup_logging
 from ray_ds.on_ray.board import Event, News, open_board
 from ray_ds.on_ray.elastic import ElasticTorchTrainer, KeptGroupTorchConfig, Plan, StoppedWithoutWorkers
 from ray_ds.on_ray.host import RayHost
+from ray_ds.on_ray.keepers import KeeperFleet
 from ray_ds.on_ray.sizing import Sizes
 from ray_ds.train.host import Host, Request
-from ray_ds.train.task import TrainResult, TrainTask
+from ray_ds.train.task import Stopped, TrainResult, TrainTask
 
 POLL_S = 0.5
 MALLOC_ENV = {
@@ -35,10 +36,10 @@ LASTING = (UserError, FloatingPointError)
 """What another try would meet again: a mistake of the user, or a loss that is no number."""
 Report = Callable[[Mapping[str, float]], None]
 OnEvent = Callable[[Event], None]
-TrainLoop = Callable[[TrainTask, Host], TrainResult]
+TrainLoop = Callable[[TrainTask, Host], TrainResult | Stopped]
 
 
-class TrainingStopped(RayDsError):
+class TrainingStopped(RetryableError):
     """Training was told to stop, and did; submitting it again goes on.
 
     Args:
@@ -84,41 +85,47 @@ def train_on_ray(
         TrainingFailedError: workers died too often.
     """
     name = f"attempt-{os.urandom(6).hex()}"
-    board = open_board("board")
+    board = open_board(f"board-{name}")
+    fleet = KeeperFleet(name) if task.settings.snapshot_every else None
     trainer = _make_trainer(task, work, name, board, loop)
     outcome: Future[ray.train.Result] = Future()
     threading.Thread(target=_fit, args=(trainer, outcome), daemon=True).start()
     watch = _Watch(board, on_report, on_event, storage.join(work, name))
-    while not outcome.done():
-        if stop is not None and stop.is_set():
-            board.ask.remote(Request.STOP, "the job was told to stop")
+    try:
+        while not outcome.done():
+            if stop is not None and stop.is_set():
+                board.ask.remote(Request.STOP, "the job was told to stop")
+            if fleet is not None:
+                fleet.refresh()
+            watch.pass_on()
+            time.sleep(POLL_S)
         watch.pass_on()
-        time.sleep(POLL_S)
-    watch.pass_on()
-    ray.kill(board)
-    return _result(outcome, watch.stopped_at)
+    finally:
+        ray.kill(board)
+        if fleet is not None:
+            fleet.shutdown()
+    return _result(outcome)
 
 
-def _result(outcome: "Future[ray.train.Result]", stopped_at: int | None) -> TrainResult:
+def _result(outcome: "Future[ray.train.Result]") -> TrainResult:
     """Return what training gave, or raise what it raised."""
     try:
-        result = outcome.result()
+        value: int | dict[str, Any] = outcome.result().return_value
     except ControllerError as error:
         if isinstance(error.controller_failure, StoppedWithoutWorkers):
-            raise TrainingStopped(stopped_at) from None
+            raise TrainingStopped(None) from None
         if isinstance(error.controller_failure, LASTING):
             raise error.controller_failure from error
         raise
-    if result.return_value is None:
-        raise TrainingStopped(stopped_at)
-    return TrainResult(**result.return_value)
+    if isinstance(value, int):
+        raise TrainingStopped(value)
+    return TrainResult(**value)
 
 
 class _Watch:
     """Brings news from the board to whoever asked for it."""
 
     def __init__(self, board: Any, on_report: Report, on_event: OnEvent, folder: str) -> None:
-        self.stopped_at: int | None = None
         self._board = board
         self._on_report = on_report
         self._on_event = on_event
@@ -129,7 +136,6 @@ class _Watch:
         """Hand over what is new."""
         news: News = ray.get(self._board.collect.remote(self._num_events))
         self._num_events += len(news.events)
-        self.stopped_at = news.stopped_at if self.stopped_at is None else self.stopped_at
         for record in news.records:
             self._on_report(record)
         for event in news.events:
@@ -152,11 +158,12 @@ def _make_trainer(task: TrainTask, work: str, name: str, board: Any, loop: Train
     checkpoint_manager.py `save_state`); ours are in `task.checkpoints`.
     """
     settings = task.settings
+    keepers = name if settings.snapshot_every else None
     is_cuda = task.device == "cuda"
     is_stock = settings.scaling == "stock"
     system, path = storage.filesystem(work)
     options = {
-        "train_loop_config": {"task": task.to_dict(), "board": board, "loop": loop},
+        "train_loop_config": {"task": task.to_dict(), "board": board, "loop": loop, "keepers": keepers},
         "scaling_config": ScalingConfig(
             num_workers=settings.num_workers,
             use_gpu=is_cuda,
@@ -228,15 +235,15 @@ def _fit(trainer: TorchTrainer, outcome: "Future[ray.train.Result]") -> None:
         outcome.set_exception(error)
 
 
-def _run_worker(config: dict[str, Any]) -> dict[str, Any] | None:
-    """Train in this process; return nothing where it was stopped."""
+def _run_worker(config: dict[str, Any]) -> int | dict[str, Any]:
+    """Train in this process; return the facts of the run, or the step after which it was stopped."""
     task = TrainTask.from_dict(config["task"])
     setup_logging()
-    host = RayHost(ray.train.torch.get_device(), config["board"], snapshots=None)
+    host = RayHost(ray.train.torch.get_device(), config["board"], config["keepers"])
     loop: TrainLoop | None = config["loop"]
     if loop is None:
         from ray_ds.train.loop import train  # brings DeepSpeed, which reads DS_ACCELERATOR when it is imported
 
         loop = train
     result = loop(task, host)
-    return None if host.is_stopped else vars(result)
+    return result.step if isinstance(result, Stopped) else vars(result)

@@ -20,14 +20,14 @@ from ray.cluster_utils import Cluster
 from ray_ds.on_ray.board import Event
 from ray_ds.on_ray.trainer import TrainLoop, train_on_ray
 from ray_ds.train.host import Host, Request
-from ray_ds.train.task import TrainResult, TrainTask
+from ray_ds.train.task import Stopped, TrainResult, TrainTask
 from tests.on_ray.two_nodes import add_node, raylet_pid, wait_for
 from tests.train.runs import make_settings, make_task
 
 STEP_S = 0.05
 
 
-def count_steps(task: TrainTask, host: Host) -> TrainResult:
+def count_steps(task: TrainTask, host: Host) -> TrainResult | Stopped:
     """Count to the last step as the training loop trains: it goes on from a file and is safe once that is written."""
     state = Path(task.checkpoints) / "step.json"
     state.parent.mkdir(parents=True, exist_ok=True)
@@ -40,13 +40,23 @@ def count_steps(task: TrainTask, host: Host) -> TrainResult:
             save(state, step, host)
             torch.distributed.barrier()
             host.safe(step)
-            break
+            return Stopped(step=step)
         time.sleep(STEP_S)
         step += 1
         host.report({"step": step, "workers": host.world_size, "time": time.time()})
         if step % task.settings.checkpoint_every == 0:
             save(state, step, host)
-    return TrainResult(step=step, tokens=0, train_loss=0.0, validation_loss=None, tokens_per_s=0.0, mfu=None)
+    return TrainResult(
+        step=step,
+        tokens=0,
+        train_loss=0.0,
+        validation_loss=None,
+        tokens_per_s=0.0,
+        mfu=None,
+        goodput=1.0,
+        lost_s=0.0,
+        restarts=0,
+    )
 
 
 def save(state: Path, step: int, host: Host) -> None:
@@ -61,7 +71,14 @@ class Run:
     """A run in a thread, with what it said so far."""
 
     def __init__(self, folder: Path, *, loop: TrainLoop = count_steps, **settings: Any) -> None:
-        options = {"steps": 100_000, "checkpoint_every": 10, "num_workers": [1, 2], "max_failures": 2, **settings}
+        options = {
+            "steps": 100_000,
+            "checkpoint_every": 10,
+            "num_workers": [1, 2],
+            "max_failures": 2,
+            "snapshot_every": 0,
+            **settings,
+        }
         if isinstance(options["num_workers"], list) and options.get("scaling") != "stock":
             options.setdefault("grow_pause_s", 1.0)
         self.task = make_task(folder, make_settings(**options))

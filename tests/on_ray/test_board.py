@@ -65,18 +65,23 @@ def test_a_group_that_was_safe_lost_nothing() -> None:
     assert board.fail("workers_lost", {}) == 0
 
 
-def test_the_driver_sees_each_event_and_each_record_once_and_where_training_stopped() -> None:
+def test_the_driver_sees_each_event_and_each_record_once() -> None:
     board = running(1)
     board.report({"step": 1})
     board.beat(1, 0, "step 2 micro-batch 1")
     first = board.collect(0)
-    assert [event.kind for event in first.events] == ["workers_started", "stepping"] and first.stopped_at is None
+    assert [event.kind for event in first.events] == ["workers_started", "stepping"]
     assert first.records == [{"step": 1}]
     board.ask(Request.STOP, "told")
     board.safe(1, 0, 2)
     second = board.collect(len(first.events))
-    assert [event.kind for event in second.events] == ["stop_asked", "safe"]
-    assert second.stopped_at == 2 and second.records == []
+    assert [event.kind for event in second.events] == ["stop_asked", "safe"] and second.records == []
+
+
+def test_groups_that_nobody_announces_are_told_apart_by_workers_that_come_again() -> None:
+    board = Board()
+    assert [board.join(rank, 2) for rank in (1, 0)] == [1, 1]
+    assert [board.join(rank, 3) for rank in (0, 2, 1)] == [2, 2, 2]
 
 
 @pytest.mark.parametrize(("place", "step"), [("step 12 micro-batch 3", 12), ("validation after step 7", 7), ("", 0)])

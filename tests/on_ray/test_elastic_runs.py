@@ -13,7 +13,7 @@ from ray_ds.on_ray import trainer
 from ray_ds.on_ray.elastic import ElasticTorchTrainer
 from ray_ds.on_ray.trainer import TrainingStopped
 from ray_ds.train.host import Host
-from ray_ds.train.task import TrainResult, TrainTask
+from ray_ds.train.task import Stopped, TrainResult, TrainTask
 from tests.on_ray.elastic_runs import Run, bring_to, count_steps, drain_node, kill_node, worker_node_ids
 from tests.on_ray.two_nodes import start_cluster
 from tests.train.runs import make_settings, make_task
@@ -90,7 +90,7 @@ def test_run_that_waits_for_nodes_stops_when_told(cluster: Cluster, tmp_path: Pa
 
 
 def test_workers_that_die_without_coming_further_end_the_run(cluster: Cluster, tmp_path: Path) -> None:
-    def fail(task: TrainTask, host: Host) -> TrainResult:
+    def fail(task: TrainTask, host: Host) -> TrainResult | Stopped:
         if (tries := Path(task.checkpoints) / "tries").exists():
             raise RuntimeError("no step")
         tries.parent.mkdir(parents=True, exist_ok=True)
@@ -108,7 +108,7 @@ def test_workers_that_die_without_coming_further_end_the_run(cluster: Cluster, t
 
 @pytest.mark.shows("A worker that hangs is found in a set time: its stack traces are kept and training goes on")
 def test_hung_worker_is_replaced_and_its_stacks_are_kept(cluster: Cluster, tmp_path: Path) -> None:
-    def hang_once(task: TrainTask, host: Host) -> TrainResult:
+    def hang_once(task: TrainTask, host: Host) -> TrainResult | Stopped:
         hung = Path(task.checkpoints) / "hung"
         if not hung.exists():
             hung.parent.mkdir(parents=True, exist_ok=True)
