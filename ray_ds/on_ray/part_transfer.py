@@ -23,6 +23,7 @@ MOVE_TIMEOUT_S = 30.0
 
 def send_part(part: Part, key: PartKey, takers: Iterable[Any], *, copies: int) -> int:
     """Send a part to the first `copies` keepers that take it; return how many have it now."""
+    part.wait()
     arrays = {name: tensor.view(torch.uint8).numpy() for name, tensor in part.tensors.items()}
     header = PartHeader(key=key, index=part.index, places=_place(part.tensors, arrays))
     willing: list[Any] = []

@@ -14,11 +14,15 @@ from ray_ds.config.train import TrainSettings
 from ray_ds.data.shards import Split, check_rows
 from ray_ds.errors import ConfigError
 from ray_ds.logs import Progress
+from ray_ds.on_ray.gauges import TrainGauges
 from ray_ds.on_ray.preflight import check_cluster
+from ray_ds.on_ray.stopping import stop_request
 from ray_ds.on_ray.trainer import train_on_ray
 from ray_ds.tokenizer import load_tokenizer
 from ray_ds.train.batches import open_split
+from ray_ds.train.metrics import SHOWN
 from ray_ds.train.task import TrainTask
+from ray_ds.train.trackers import check_trackers
 
 Device = Literal["cpu", "cuda"]
 
@@ -30,12 +34,14 @@ def train(settings: TrainSettings, run: StageRun) -> Artifact:
     task = make_task(settings, shards, run)
     check_task(task, run)
     progress = Progress(run.step, settings.num_steps)
+    gauges = TrainGauges(f"{run.step}-{run.digest[:8]}")
 
     def show(record: Mapping[str, float]) -> None:
-        names = ("loss", "validation_loss", "lr", "grad_norm", "tokens_per_s", "mfu", "max_violation", "loss_scale")
-        progress.update(int(record["step"]), **{name: record[name] for name in names if name in record})
+        gauges.show(record)
+        progress.update(int(record["step"]), **{name: record[name] for name in SHOWN if name in record})
 
-    result = train_on_ray(task, work=run.work_path("ray_train"), on_report=show)
+    with stop_request() as stop:
+        result = train_on_ray(task, work=run.work_path("ray_train"), on_report=show, stop=stop)
     facts = {
         **vars(result),
         "parameters": num_parameters(task.config),
@@ -61,6 +67,7 @@ def make_task(settings: TrainSettings, shards: TokenShards, run: StageRun) -> Tr
         bos_token_id=tokenizer.bos_id,
         eos_token_id=tokenizer.eos_id,
         device=choose_device(settings, run.step),
+        job_started=time.time(),
     )
 
 
@@ -86,6 +93,7 @@ def cpu_has_fp16() -> bool:
 def check_task(task: TrainTask, run: StageRun) -> None:
     """Refuse, before any worker starts, what workers would fail at, and shards that are not as they were written."""
     settings = task.settings
+    check_trackers(settings.trackers, f"{run.step}.trackers")
     splits: list[Split] = ["train", "validation"] if settings.validate_every else ["train"]
     for split in splits:
         check_rows(open_split(task.shards, split), storage.join(task.shards, split), settings.seq_len)

@@ -32,7 +32,14 @@ class Part:
     index: JsonValue
     """What lies where in `tensors`, and what the state says beside them; `train.packing` writes and reads it."""
     tensors: Mapping[str, Tensor]
-    """1-D, on the CPU, never changed after they were packed."""
+    """1-D, on the CPU, never changed after they were packed; to be read after `wait`."""
+    copied: torch.cuda.Event | None = None
+    """When the last element has come from the GPU; None where all are here."""
+
+    def wait(self) -> None:
+        """Wait until the tensors are filled: a GPU copies them while it goes on computing."""
+        if self.copied is not None:
+            self.copied.synchronize()  # type: ignore[no-untyped-call]
 
 
 class SnapshotStore(Protocol):

@@ -27,6 +27,9 @@ def pack(
 ) -> Part:
     """Copy a process's state into CPU memory.
 
+    A GPU with as much memory free as the state takes only copies it there, which takes milliseconds a gigabyte, and
+    sends the copy to the CPU while it goes on computing; `Part.wait` tells when that is done.
+
     Args:
         state: read before this returns; the next step may change it then.
         step: optimizer steps done.
@@ -41,11 +44,14 @@ def pack(
     on_gpu = any(piece.values.is_cuda for piece in state.pieces)
     earlier = out.tensors if out is not None else {}
     tensors = {name: _memory(earlier.get(name), *size, pinned=on_gpu) for name, size in sizes.items()}
-    for piece, run, first in runs:
-        target = tensors[run.tensor][run.offset : run.offset + run.numel]
-        target.copy_(piece.values.detach()[first : first + run.numel], non_blocking=on_gpu)
-    for device in {piece.values.device for piece in state.pieces if piece.values.is_cuda}:
-        torch.cuda.current_stream(device).synchronize()
+    copies = [
+        (tensors[run.tensor][run.offset : run.offset + run.numel], piece.values.detach()[first : first + run.numel])
+        for piece, run, first in runs
+    ]
+    copied = _copy_from_gpu(copies) if on_gpu else None
+    if not on_gpu:
+        for target, source in copies:
+            target.copy_(source)
     index: dict[str, JsonValue] = {
         "format": FORMAT,
         "facts": dict(state.facts),
@@ -53,7 +59,29 @@ def pack(
         "own": dict(own or {}),
         "runs": [encode_run(run) for _, run, _ in runs],
     }
-    return Part(step=step, rank=rank, world_size=world_size, index=index, tensors=tensors)
+    return Part(step=step, rank=rank, world_size=world_size, index=index, tensors=tensors, copied=copied)
+
+
+def _copy_from_gpu(copies: Sequence[tuple[Tensor, Tensor]]) -> torch.cuda.Event | None:
+    """Copy tensors of one GPU to pinned memory; return what tells when they are there, or None where they are."""
+    device = next(source.device for _, source in copies if source.is_cuda)
+    needed = sum(source.nbytes for _, source in copies)
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if torch.cuda.mem_get_info(device)[0] + cached // 2 < needed:
+        for target, source in copies:
+            target.copy_(source, non_blocking=True)
+        torch.cuda.current_stream(device).synchronize()
+        return None
+    staged = [(target, source.clone()) for target, source in copies]
+    beside = torch.cuda.Stream(device)
+    beside.wait_stream(torch.cuda.current_stream(device))
+    copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    with torch.cuda.stream(beside):
+        for target, source in staged:
+            target.copy_(source, non_blocking=True)
+            source.record_stream(beside)
+        copied.record(beside)
+    return copied
 
 
 def _lay_out(pieces: Sequence[Piece]) -> tuple[list[tuple[Piece, Run, int]], dict[str, tuple[int, torch.dtype]]]:

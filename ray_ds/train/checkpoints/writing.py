@@ -99,6 +99,7 @@ class Writing:
     def _write_files(self) -> RankPart:
         """Write the rank's files and return what its JSON file says of them."""
         part = self.part
+        part.wait()
         files: list[FileInfo] = []
         tensors: dict[str, str] = {}
         versions = {name: tensor._version for name, tensor in part.tensors.items()}
