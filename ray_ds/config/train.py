@@ -173,6 +173,7 @@ class TrainSettings:
             raise ConfigError("keep_best", True, "has no effect while validate_every is 0", "remove it, or validate")
         self._check_workers()
         self._check_length()
+        self._check_profile()
         self._check_grid()
         self._check_muon()
         self._check_fp16()
@@ -185,6 +186,12 @@ class TrainSettings:
         if self.schedule.warmup_steps >= self.num_steps:
             allowed = f"must be below the number of steps ({self.num_steps})"
             raise ConfigError("schedule.warmup_steps", self.schedule.warmup_steps, allowed, "lower it")
+
+    def _check_profile(self) -> None:
+        """Want steps that will run, in order."""
+        if self.profile_steps is not None and not self.profile_steps[0] <= self.profile_steps[1] <= self.num_steps:
+            allowed = f"must be [first, last] within the steps, 1 to {self.num_steps}"
+            raise ConfigError("profile_steps", list(self.profile_steps), allowed, "correct it")
 
     def _check_grid(self) -> None:
         """Want a batch of whole micro-batches, at least one for each worker."""

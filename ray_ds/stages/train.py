@@ -13,7 +13,7 @@ from ray_ds.config.model_size import num_parameters
 from ray_ds.config.train import TrainSettings
 from ray_ds.data.shards import Split, check_rows
 from ray_ds.errors import ConfigError
-from ray_ds.logs import Progress
+from ray_ds.logs import Progress, log_event
 from ray_ds.on_ray.gauges import TrainGauges
 from ray_ds.on_ray.preflight import check_cluster
 from ray_ds.on_ray.stopping import stop_request
@@ -36,12 +36,16 @@ def train(settings: TrainSettings, run: StageRun) -> Artifact:
     progress = Progress(run.step, settings.num_steps)
     gauges = TrainGauges(f"{run.step}-{run.digest[:8]}")
 
+    latest: dict[str, float] = {}  # a progress line comes every few seconds, and not every record has every figure
+
     def show(record: Mapping[str, float]) -> None:
         gauges.show(record)
-        progress.update(int(record["step"]), **{name: record[name] for name in SHOWN if name in record})
+        latest.update(record)
+        progress.update(int(record["step"]), **{name: latest[name] for name in SHOWN if name in latest})
 
     with stop_request() as stop:
         result = train_on_ray(task, work=run.work_path("ray_train"), on_report=show, stop=stop)
+    log_event("trained", **vars(result))
     facts = {
         **vars(result),
         "parameters": num_parameters(task.config),

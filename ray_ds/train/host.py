@@ -39,7 +39,7 @@ class Part:
     def wait(self) -> None:
         """Wait until the tensors are filled: a GPU copies them while it goes on computing."""
         if self.copied is not None:
-            self.copied.synchronize()  # type: ignore[no-untyped-call]
+            self.copied.synchronize()
 
 
 class SnapshotStore(Protocol):

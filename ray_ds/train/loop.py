@@ -231,7 +231,7 @@ class TrainLoop:
         self.metrics.append(self._record)
         if self.trackers is not None:
             self.trackers.log(self._record)
-        if _is_due(self.settings.log_every, self.step, is_last):
+        if "validation_loss" in self._record or _is_due(self.settings.log_every, self.step, is_last):
             self.host.report(self._record)
 
     def validation_loss(self) -> float:

@@ -73,7 +73,7 @@ def _copy_from_gpu(copies: Sequence[tuple[Tensor, Tensor]]) -> torch.cuda.Event 
         torch.cuda.current_stream(device).synchronize()
         return None
     staged = [(target, source.clone()) for target, source in copies]
-    beside = torch.cuda.Stream(device)
+    beside = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     beside.wait_stream(torch.cuda.current_stream(device))
     copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
     with torch.cuda.stream(beside):

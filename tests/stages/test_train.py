@@ -16,6 +16,7 @@ from ray_ds.artifacts import Checkpoint, StageRun, TokenShards, open_artifact
 from ray_ds.errors import ArtifactError, ClusterError, ConfigError, InputError, UserError
 from ray_ds.stages import train as stage
 from ray_ds.tokenizer import train_bpe
+from ray_ds.train.checkpoints import find_latest
 from tests.stages.small_artifacts import book_texts, stage_run
 from tests.train.runs import VOCAB_SIZE, curve, make_settings, make_task, read_records, train_in_processes, write_shards
 
@@ -44,10 +45,10 @@ def make_run(folder: Path) -> StageRun:
     return stage_run(folder, "Checkpoint", make_shards(folder))
 
 
-def run_job(address: str, folder: str) -> None:
+def run_job(address: str, folder: str, **changes: Any) -> None:
     """Run the stage as a job would: in a process of its own that connects to the cluster."""
     ray.init(address=address)
-    stage.train(make_settings(**SETTINGS), make_run(Path(folder)))
+    stage.train(make_settings(**{**SETTINGS, **changes}), make_run(Path(folder)))
 
 
 def start_and_kill_job(address: str, folder: Path) -> None:
@@ -138,9 +139,31 @@ def test_checkpoints_that_cannot_be_used(tmp_path: Path) -> None:
     task = make_task(tmp_path, make_settings(steps=4))
     task = type(task)(**{**vars(task), "checkpoints": run.work_path("checkpoints")})
     train_in_processes(task)
-    message = refused(ConfigError, tmp_path, num_workers=1)
-    assert message.startswith("checkpoint.num_workers (1) must be 2, as many workers as wrote checkpoint ")
-    for weights in Path(task.checkpoints).rglob("mp_rank_00_model_states.pt"):
+    for weights in Path(task.checkpoints).rglob("rank-00000.safetensors"):
         weights.write_bytes(weights.read_bytes()[:-1])
     message = refused(ArtifactError, tmp_path)
-    assert "must be as its COMMITTED.json says, and no older checkpoint is whole; restore it, or delete" in message
+    assert "bytes instead of" in message and f"delete {task.checkpoints}" in message
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.shows("A training job that is told to stop leaves a checkpoint of its last step")
+def test_job_that_is_told_to_stop_leaves_a_checkpoint_of_its_last_step(address: str, tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    code = (
+        f"from tests.stages.test_train import run_job; run_job({address!r}, {str(tmp_path)!r}, checkpoint_every=1000)"
+    )
+    job = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
+    metrics = Path(run.work_path("metrics.jsonl"))
+    while not metrics.exists() or metrics.read_text().count("\n") < 3:
+        assert job.poll() is None, "the job ended before its third step"
+        time.sleep(0.02)
+    job.send_signal(signal.SIGTERM)
+    _, errors = job.communicate()
+    commit = find_latest(run.work_path("checkpoints"))
+    assert commit is not None and commit.step == metrics.read_text().count("\n") < 40
+    assert f"TrainingStopped: training was told to stop and did, after step {commit.step}, which is safe" in errors
+    stage.train(make_settings(**SETTINGS), run)
+    whole = make_task(tmp_path, make_settings(**SETTINGS), "whole")
+    train_in_processes(whole)
+    assert curve(read_records(whole)) == curve(read_records(make_task(tmp_path, make_settings(), run.uri)))
