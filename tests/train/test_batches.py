@@ -115,6 +115,23 @@ def test_rows_are_read_while_the_model_computes(split: TokenSplit, monkeypatch: 
     assert len(readers) == 1 and threading.main_thread() not in readers
 
 
+@pytest.mark.gpu
+def test_rows_on_a_gpu_are_those_on_the_cpu(split: TokenSplit) -> None:
+    """While the GPU is busy, the memory that is copied from must not be used again before the copy is made."""
+    settings, device = make_settings(), torch.device("cuda")
+    on_gpu = Batches(split, settings, rank=0, world_size=1, device=device)
+    on_cpu, found, busy = make_batches(split, settings), [], torch.randn(8192, 8192, device=device)
+    for cursor in range(50):
+        for batch in on_gpu.of_batch(cursor):
+            busy = busy @ busy / 8192  # 1 ms or more on the stream that the copy waits for
+            found.append((batch.tokens, batch.targets))
+    expected = [batch for cursor in range(50) for batch in on_cpu.of_batch(cursor)]
+    for (tokens, targets), batch in zip(found, expected, strict=True):
+        assert tokens.device.type == targets.device.type == "cuda"
+        assert torch.equal(tokens.cpu(), batch.tokens) and torch.equal(targets.cpu(), batch.targets)
+    on_gpu.close()
+
+
 def test_an_error_in_the_reader_comes_to_the_loop(split: TokenSplit, monkeypatch: pytest.MonkeyPatch) -> None:
     def damaged(self: TokenSplit, index: int, seq_len: int) -> np.ndarray:
         raise ArtifactError("shard", "x", "must be whole", "restore it")
