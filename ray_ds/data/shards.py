@@ -15,7 +15,8 @@ from numpy.typing import DTypeLike, NDArray
 
 from ray_ds import storage
 from ray_ds.artifacts import TokenShards, open_artifact
-from ray_ds.data.shard_cache import ShardCache, ShardFile
+from ray_ds.data.shard_cache import ShardCache
+from ray_ds.data.shard_folder import ShardFile
 from ray_ds.errors import ArtifactError, InputError
 
 Split = Literal["train", "validation"]

@@ -143,7 +143,11 @@ class Batches:
             ClusterError: the node's disk has no room for a shard.
         """
         for place in range(len(self._share)):
-            yield _to_device(self._take(cursor, place), self._device)
+            self._prepare_from(cursor, place)
+            batch = _to_device(self._ahead.popleft()[1].result(), self._device)
+            batches_on, next_place = divmod(place + 1, len(self._share))
+            self._prepare_from(cursor + batches_on, next_place)  # after the copy, which the reader would only hold up
+            yield batch
 
     def read_ahead(self, cursor: int) -> None:
         """Start to prepare a batch, while there is something else to do before it is asked for."""
@@ -155,16 +159,11 @@ class Batches:
         self._reader.submit(self._split.release)  # where the split is used, after what it is at
         self._reader.shutdown(wait=False)
 
-    def _take(self, cursor: int, place: int) -> MicroBatch:
-        """Return a micro-batch of this rank's share, and have those after it prepared."""
-        self._prepare_from(cursor, place)
-        return self._ahead.popleft()[1].result()
-
     def _prepare_from(self, cursor: int, place: int) -> None:
         """Have a micro-batch and those after it prepared."""
         if self._ahead and self._ahead[0][0] != (cursor, place):  # a batch is passed over, or trained on again
             self._forget()
-        while len(self._ahead) <= READ_AHEAD:
+        while len(self._ahead) < READ_AHEAD:
             batches_on, next_place = divmod(place + len(self._ahead), len(self._share))
             key = (cursor + batches_on, next_place)
             self._ahead.append((key, self._reader.submit(self._read, *key)))

@@ -140,7 +140,7 @@ def test_a_remote_shard_in_use_is_not_evicted_until_it_is_let_go(tmp_path: Path,
     split = TokenSplit.open(uri, "train", cache)
 
     def num_cached() -> int:
-        return len(list(cache.folder.glob("*.arrow")))
+        return len(list((tmp_path / "cache").glob("*.arrow")))
 
     kept = [split.shard_tokens(shard).copy() for shard in (0, 1)]
     assert num_cached() == 2
