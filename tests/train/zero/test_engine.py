@@ -154,11 +154,13 @@ def run_case(case: Case, shared: WholeState, rank: int, world_size: int) -> Outc
 
 
 def skip_nans(engine: Any, rank: int, world_size: int) -> None:
-    """Gather gradients that are all NaN, and skip the step."""
+    """Gather gradients that are all NaN, of one micro-batch and then of a whole step, and skip both."""
     factor, engine._loss_factor = engine._loss_factor, float("nan")
-    forward_backward(engine, grid(9), rank, world_size)
-    engine._loss_factor = factor
+    engine.forward_backward(grid(8)[0, :, :-1], grid(8)[0, :, 1:])
     engine.skip_step()
+    forward_backward(engine, grid(9), rank, world_size)
+    engine.skip_step()
+    engine._loss_factor = factor
 
 
 @functools.cache
