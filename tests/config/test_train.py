@@ -30,8 +30,54 @@ def decode(**changes: Any) -> TrainSettings:
         ),
         (
             {"num_workers": 3},
-            "batch_tokens (16384) must be a multiple of num_workers * micro_batch * seq_len (3 * 4 * 2048 = 24576); "
-            "try 24576, or another num_workers.",
+            "num_workers (3) must be at most 2, the micro-batches of a step (batch_tokens / 8192); ask for fewer "
+            "workers or larger batches.",
+        ),
+        ({"num_workers": [2, 1]}, "num_workers ([2, 1]) must be [min, max]; swap them."),
+        (
+            {"num_workers": 2, "allowed_workers": [1, 2]},
+            "allowed_workers ([1, 2]) has no effect with a fixed number of workers; remove it.",
+        ),
+        (
+            {"num_workers": [1, 2], "allowed_workers": [1, 3]},
+            "allowed_workers ([1, 3]) must lie within num_workers, 1 to 2; correct one of them.",
+        ),
+        (
+            {"scaling": "graceful"},
+            "scaling (graceful) has no effect with a fixed number of workers; remove it.",
+        ),
+        (
+            {"scaling": "mine", "num_workers": [1, 2]},
+            "scaling (mine) must be 'graceful' or 'stock'; correct it in the recipe or on the command line.",
+        ),
+        (
+            {"grow_pause_s": 5.0},
+            "grow_pause_s (5.0) has no effect with a fixed number of workers; remove it.",
+        ),
+        (
+            {"max_bad_steps": 5},
+            "max_bad_steps (5) has no effect where bad_loss is fail; remove it.",
+        ),
+        (
+            {"loss_spike": 1.0},
+            "loss_spike (1.0) must be greater than 1; correct it in the recipe or on the command line.",
+        ),
+        (
+            {"bad_loss": "ignore"},
+            "bad_loss (ignore) must be 'fail', 'skip' or 'roll_back'; correct it in the recipe or on the command line.",
+        ),
+        (
+            {"keep_best": True},
+            "keep_best (True) has no effect while validate_every is 0; remove it, or validate.",
+        ),
+        (
+            {"hang_timeout_s": 0},
+            "hang_timeout_s (0) must be greater than 0; correct it in the recipe or on the command line.",
+        ),
+        (
+            {"trackers": ["neptune"]},
+            "trackers.0 (neptune) must be 'tensorboard', 'wandb' or 'mlflow'; correct it in the recipe or on the "
+            "command line.",
         ),
         ({"steps": None}, "steps or tokens (neither) must be given, exactly one of them; give one."),
         ({"tokens": 10**6}, "steps or tokens (1000 and 1000000) must be given, exactly one of them; give one."),
@@ -106,14 +152,52 @@ def test_settings_that_depend_on_others_have_values_where_they_have_an_effect() 
         assert decode_settings(TrainSettings, as_json(settings), where="task") == settings
 
 
+def test_workers_are_a_number_or_a_range() -> None:
+    fixed, elastic = decode(num_workers=2), decode(num_workers=[1, 2], allowed_workers=[2])
+    assert (fixed.worker_range, fixed.min_workers, fixed.max_workers, fixed.is_elastic) == ((2, 2), 2, 2, False)
+    assert (elastic.worker_range, elastic.min_workers, elastic.max_workers, elastic.is_elastic) == ((1, 2), 1, 2, True)
+    assert (fixed.scaling, fixed.grow_pause_s) == (None, None)
+    assert (elastic.scaling, elastic.grow_pause_s) == ("graceful", 30.0)
+    assert decode_settings(TrainSettings, as_json(elastic), where="task") == elastic
+    with pytest.raises(ConfigError, match=r"num_workers .* must be at most 2, the micro-batches of a step"):
+        decode(num_workers=[1, 3])
+
+
+def test_workers_need_not_divide_the_batch() -> None:
+    assert decode(batch_tokens=5 * 8192, num_workers=[2, 4]).num_micro_batches == 5
+
+
+def test_bad_steps_are_counted_where_they_are_not_fatal() -> None:
+    assert decode().max_bad_steps is None
+    assert [decode(bad_loss=way).max_bad_steps for way in ("skip", "roll_back")] == [10, 10]
+    assert decode(bad_loss="skip", max_bad_steps=0, loss_spike=2.0).max_bad_steps == 0
+
+
+@pytest.mark.parametrize("value", [0, 7, "auto"])
+def test_snapshots_come_every_so_many_steps_or_as_they_cost(value: Any) -> None:
+    assert decode(snapshot_every=value).snapshot_every == value
+
+
 def test_only_what_changes_the_model_is_in_the_digest() -> None:
     plain = digest_settings(decode())
-    for name, value in [("num_workers", 2), ("checkpoint_every", 7), ("compile", True), ("max_failures", 0)]:
+    for name, value in [
+        ("num_workers", 2),
+        ("num_workers", [1, 2]),
+        ("checkpoint_every", 7),
+        ("snapshot_every", 0),
+        ("compile", True),
+        ("max_failures", 0),
+        ("hang_timeout_s", 60),
+        ("profile_steps", [2, 5]),
+        ("trackers", ["tensorboard"]),
+    ]:
         assert digest_settings(decode(**{name: value})) == plain, name
     for name, value in [
         ("seed", 1),
         ("zero_stage", 2),
         ("precision", "fp32"),
         ("optimizer", {"kind": "adamw", "lr": 1e-4}),
+        ("bad_loss", "skip"),
+        ("loss_spike", 3.0),
     ]:
         assert digest_settings(decode(**{name: value})) != plain, name

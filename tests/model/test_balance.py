@@ -3,7 +3,7 @@ import dataclasses
 import torch
 
 from ray_ds.config.model import PRESETS
-from ray_ds.model.balance import expert_load, max_violation, reset_expert_load, update_router_bias
+from ray_ds.model.balance import expert_load, max_violation, reset_expert_load, uncounted, update_router_bias
 from ray_ds.model.decoder import Decoder
 from ray_ds.model.initial import init_weights
 
@@ -31,6 +31,15 @@ def test_evaluation_does_not_count():
     decoder = new_decoder().eval()
     decoder(torch.randint(64, (4, 16)))
     assert not expert_load(decoder).any()
+
+
+def test_uncounted_tokens_do_not_count():
+    decoder = new_decoder()
+    decoder(torch.randint(64, (2, 16)))
+    before = expert_load(decoder)
+    with uncounted(decoder):
+        decoder(torch.randint(64, (4, 16)))
+    assert before.any() and torch.equal(expert_load(decoder), before)
 
 
 def test_recomputed_activations_count_once_and_change_no_gradient():

@@ -16,8 +16,8 @@ from ray_ds.model.decoder import Decoder
 from ray_ds.train.state import EngineState, StateReader
 from ray_ds.train.zero.build import use_built_op
 from ray_ds.train.zero.config import deepspeed_config
+from ray_ds.train.zero.logical import LogicalState
 from ray_ds.train.zero.optimizer import make_optimizer
-from ray_ds.train.zero.partitions import Partitions
 from ray_ds.train.zero.scaler import restore_scaler, scaler_fields
 
 
@@ -66,8 +66,7 @@ class Engine:
         self._is_micro_batch_open = False
         for name, buffer in decoder.named_buffers():
             assert buffer.dtype in (torch.float32, torch.int64), f"DeepSpeed made {name} {buffer.dtype}"
-        self._partitions = Partitions(decoder, self._engine)
-        self._partitions.forget_trial_step()
+        self._state = LogicalState(decoder, self._engine)
         if settings.compile:
             self._engine.compile()
 
@@ -111,7 +110,7 @@ class Engine:
 
         All processes call this together, after as many micro-batches. The experts' load is the caller's to reset.
         """
-        self._partitions.drop_gradients()
+        self._state.drop_gradients()
         if self._is_micro_batch_open:
             per_step = self._engine.gradient_accumulation_steps()
             self._engine.micro_steps += per_step - self._engine.micro_steps % per_step
@@ -132,10 +131,10 @@ class Engine:
     def state(self) -> EngineState:
         """Return views of what this process holds of the state between two steps."""
         assert not self._is_micro_batch_open, "the state is whole only between steps"
-        facts: dict[str, JsonValue] = {"optimizer_steps": self._partitions.optimizer_steps()}
+        facts: dict[str, JsonValue] = {"optimizer_steps": self._state.optimizer_steps()}
         if self._is_fp16:
             facts["loss_scale"] = scaler_fields(self._engine.optimizer.loss_scaler)
-        return EngineState(pieces=self._partitions.pieces(), facts=facts)
+        return EngineState(pieces=self._state.pieces(), facts=facts)
 
     def load_state(self, reader: StateReader) -> None:
         """Go on from a state of any number of processes and any ZeRO stage; all processes call this together.
@@ -148,7 +147,7 @@ class Engine:
         assert not self._is_micro_batch_open, "a state is loaded only between steps"
         optimizer_steps = reader.facts["optimizer_steps"]
         assert isinstance(optimizer_steps, int), optimizer_steps
-        self._partitions.load(reader, optimizer_steps=optimizer_steps)
+        self._state.load(reader, optimizer_steps=optimizer_steps)
         if self._is_fp16:
             fields = reader.facts["loss_scale"]
             assert isinstance(fields, dict), fields

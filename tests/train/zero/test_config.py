@@ -39,6 +39,12 @@ def test_fp16_muon_in_zero_3() -> None:
     }
 
 
+def test_uneven_shares_are_filled_up() -> None:
+    config = deepspeed_config(make_settings(num_workers=3), 3)
+    assert config["gradient_accumulation_steps"] == 2
+    assert config["train_batch_size"] == 2 * 3 * 4
+
+
 def test_fp32_in_zero_0_names_neither_type_nor_partition() -> None:
     config = deepspeed_config(make_settings(zero_stage=0), 4)
     assert config["zero_optimization"] == {"stage": 0}

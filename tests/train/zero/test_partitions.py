@@ -73,11 +73,11 @@ def look(rank: int, world_size: int, folder: Path) -> None:
 def look_at_case(case: tuple[int, str, str], rank: int, world_size: int) -> dict[str, Any]:
     """Return the names that are missing, and what is true of those that are there, after one step."""
     engine = new_engine(case_settings(*case), 0, world_size)
-    optimizer, partitions = engine._engine.optimizer, engine._partitions
+    optimizer, logical = engine._engine.optimizer, engine._state
     missing = [f"DeepSpeedEngine.{name}" for name in ENGINE_NAMES if not hasattr(engine._engine, name)]
     missing += [f"{type(optimizer).__name__}.{name}" for name in NAMES[case[0]] if not hasattr(optimizer, name)]
     if case[:2] == (0, "bf16"):
-        wanted = ("fp16_groups", "fp32_groups", "refresh_fp32_params")
+        wanted = ("fp16_groups", "fp32_groups", "refresh_fp32_params", "state")
         missing += [f"FP16_UnfusedOptimizer.{name}" for name in wanted if not hasattr(optimizer, name)]
     if case[0] == 3:
         wanted = ("partition_numel", "ds_numel", "ds_shape", "all_gather")
@@ -95,11 +95,11 @@ def look_at_case(case: tuple[int, str, str], rank: int, world_size: int) -> dict
         "masters": rank != 0 or all(are_rounded(state, name, weight) for name, weight in weights.items()),
         "momentum": [
             (value.numel(), value.dtype) == (trained.momentum.shape.numel(), trained.momentum_dtype)
-            for trained in partitions._trained
+            for trained in logical._trained
             if trained.momentum is not None and trained.momentum.held
-            for value in [partitions._states[trained.master]["momentum_buffer"]]
+            for value in [logical._states[trained.master]["momentum_buffer"]]
         ],
-        "copies": have_equal_copies(partitions),
+        "copies": have_equal_copies(logical),
     }
 
 
@@ -109,16 +109,16 @@ def are_rounded(state: WholeState, name: str, weight: torch.Tensor) -> bool:
     return torch.equal(state.tensors[name, kind].to(weight.dtype), weight.flatten())
 
 
-def have_equal_copies(partitions: Any) -> bool:
+def have_equal_copies(logical: Any) -> bool:
     """Tell whether the elements that several processes hold are the same on all."""
     mine = {
-        (run.name, kind): run.within(partitions._states[trained.master][key]).clone()
-        for trained in partitions._trained
+        (run.name, kind): run.within(logical._states[trained.master][key]).clone()
+        for trained in logical._trained
         for kind, key, layout in (
             ("exp_avg", "exp_avg", trained.layout),
             ("momentum", "momentum_buffer", trained.momentum),
         )
-        if layout is not None and key in partitions._states.get(trained.master, {})
+        if layout is not None and key in logical._states.get(trained.master, {})
         for run in layout.held
         if run.stop - run.start == torch.Size(run.shape).numel()
     }
@@ -142,13 +142,13 @@ def move(
     new = new_engine(other, 1, world_size)
     module.deepspeed_config = plain
     new.load_state(saved)
-    states = [state for state in new._partitions._states.values() if "step" in state]
+    states = [state for state in new._state._states.values() if "step" in state]
     counts = {"states": len(states), "step tensors": len({state["step"].data_ptr() for state in states})}
     curves = [run_step(engine, grid(1), rank, world_size) for engine in (old, new)]
     after = [gather(engine.state()) for engine in (old, new)]
     return {
         "names": {name for name, _ in saved.tensors},
-        "num_trained": (len(old._partitions._trained), len(new._partitions._trained)),
+        "num_trained": (len(old._state._trained), len(new._state._trained)),
         "curves": curves,
         "differences": [
             key for key, value in after[0].tensors.items() if not torch.equal(value, after[1].tensors[key])
