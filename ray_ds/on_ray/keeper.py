@@ -95,6 +95,8 @@ class SnapshotKeeper:
         self._limit_bytes = limit_bytes
         self._complete: dict[PartKey, tuple[PartHeader, Bytes]] = {}
         self._arriving: dict[PartKey, tuple[PartHeader, Bytes]] = {}
+        self._spare: dict[int, Bytes] = {}
+        """By rank, the memory of a dropped part for the next one: fresh memory costs ten times what filling it does."""
         self._beats: dict[int, tuple[Beat, float]] = {}
         self._lock = threading.Lock()
 
@@ -103,10 +105,10 @@ class SnapshotKeeper:
         with self._lock:
             for torn in [key for key in self._arriving if key.rank == header.key.rank]:
                 del self._arriving[torn]
-            if self._bytes() + header.bytes > self._limit_bytes:
-                return False
-            self._arriving[header.key] = (header, np.empty(header.bytes, np.uint8))
-            return True
+            buffer = self._memory(header.key.rank, header.bytes)
+            if buffer is not None:
+                self._arriving[header.key] = (header, buffer)
+            return buffer is not None
 
     @bulk
     def add(self, key: PartKey, start: int, pieces: Sequence[Bytes]) -> None:
@@ -130,11 +132,12 @@ class SnapshotKeeper:
         header, buffer = arrived
         is_whole = all(is_intact(buffer[place.start : place.stop], place) for place in header.places.values())
         with self._lock:
-            self._arriving.pop(key, None)
+            if self._arriving.pop(key, None) is None:  # dropped meanwhile
+                return False
             if is_whole:
                 self._complete[key] = arrived
                 for old in sorted(one for one in self._complete if one.rank == key.rank)[:-KEPT]:
-                    del self._complete[old]
+                    self._spare[key.rank] = self._complete.pop(old)[1]
         return is_whole
 
     def drop_before(self, attempt: int, number: int) -> None:
@@ -142,7 +145,11 @@ class SnapshotKeeper:
         with self._lock:
             for held in (self._complete, self._arriving):
                 for key in [key for key in held if (key.attempt, key.number) < (attempt, number)]:
-                    del held[key]
+                    _, buffer = held.pop(key)
+                    if held is self._complete:  # into a part that was arriving, somebody may still write
+                        self._spare[key.rank] = buffer
+            for rank in self._spare.keys() - {key.rank for key in self._complete}:
+                del self._spare[rank]
 
     def inventory(self) -> list[PartKey]:
         """Return the complete parts."""
@@ -158,7 +165,7 @@ class SnapshotKeeper:
     def read(self, key: PartKey, start: int, stop: int) -> Bytes:
         """Return some of a part's bytes; KeyError where it is not complete."""
         with self._lock:
-            return self._complete[key][1][start:stop]
+            return self._complete[key][1][start:stop].copy()  # the part may be dropped before this has travelled
 
     def bytes(self) -> int:
         """Return how much memory the parts take."""
@@ -195,8 +202,16 @@ class SnapshotKeeper:
         """Kill a process of this node; tell whether it was there."""
         return kill_process(pid, started)
 
+    def _memory(self, rank: int, size: int) -> Bytes | None:
+        """Return memory for a part, that of a dropped one where it fits; None where the limit is reached."""
+        spare = self._spare.pop(rank, None)
+        if spare is not None and spare.nbytes == size:
+            return spare
+        return np.empty(size, np.uint8) if self._bytes() + size <= self._limit_bytes else None
+
     def _bytes(self) -> int:
-        return sum(buffer.nbytes for held in (self._complete, self._arriving) for _, buffer in held.values())
+        held = [buffer for parts in (self._complete, self._arriving) for _, buffer in parts.values()]
+        return sum(buffer.nbytes for buffer in [*held, *self._spare.values()])
 
 
 def keeper_prefix(run_id: str) -> str:

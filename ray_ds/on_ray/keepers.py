@@ -109,6 +109,7 @@ class Keepers:
 
         A part that could not arrive is told in the log, and by `wait`: training goes on without it.
         """
+        assert (part.rank, part.world_size) == (self._rank, self._world_size), "a part of this process"
         try:
             self.wait()
         except OSError as error:

@@ -15,6 +15,7 @@ from ray_ds.train.stacks import offer_stacks, start_time
 
 PULSE_S = 1.0
 """Time between two words to the keeper."""
+CLOSE_TIMEOUT_S = 2.0
 
 
 class Pulse:
@@ -57,7 +58,9 @@ class Pulse:
         self._is_closed.set()
         self._thread.join()
         if self._keeper is not None:
-            self._keeper.leave.remote(self._attempt, self._rank)
+            # The keeper may take what comes at once in any order, and this process may end when this returns.
+            ray.wait([self._heard], timeout=CLOSE_TIMEOUT_S)
+            ray.wait([self._keeper.leave.remote(self._attempt, self._rank)], timeout=CLOSE_TIMEOUT_S)
 
     def _make_beat(self, place: str, *, step: int | None, within: int) -> Beat:
         return Beat(

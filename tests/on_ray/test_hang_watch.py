@@ -20,7 +20,7 @@ from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray_ds.on_ray.hang_watch import KILL_ALL_S, SLOW_S, Beat, HangWatch, find_hung, patience_s
 from ray_ds.on_ray.keeper import SnapshotKeeper
 from ray_ds.on_ray.keepers import KeeperFleet
-from ray_ds.on_ray.pulse import Pulse
+from ray_ds.on_ray.pulse import PULSE_S, Pulse
 from ray_ds.train.stacks import ProcessView
 from tests.on_ray.two_nodes import wait_for
 
@@ -61,7 +61,7 @@ def test_nothing_is_hung_while_the_state_of_one_process_is_unknown() -> None:
     assert find_hung([], TIMEOUT_S) is None
 
 
-@pytest.mark.parametrize("place", ["start", "validation", "checkpoint of 12", "model"])
+@pytest.mark.parametrize("place", ["start", "step 12 validation", "step 12 checkpoint", "writing the model"])
 def test_all_but_steps_may_take_half_an_hour(place: str) -> None:
     beat = make_beat(0, place)
     assert patience_s(beat, TIMEOUT_S) == SLOW_S
@@ -190,11 +190,13 @@ def hang_once(config: dict[str, Any]) -> int:
     context = ray.train.get_context()
     rank = context.get_world_rank()
     folder = Path(config["folder"])
-    attempt = 2 if (folder / "hung").exists() else 1
+    attempt = 2 if (folder / f"started-{rank}").exists() else 1
+    (folder / f"started-{rank}").touch()
     pulse = Pulse(RUN, rank=rank, world_size=2, attempt=attempt)
     for step in (1, 2, 3):
         pulse.beat(f"step {step} micro-batch 0")
     if attempt == 1 and rank == 1:
+        time.sleep(2 * PULSE_S)  # a process that stops earlier has not said yet that it has come so far
         stops_here(folder, config["kind"])
     if attempt == 1:
         waits_for_the_other()
@@ -206,7 +208,6 @@ def stops_here(folder: Path, kind: str) -> None:
     (folder / "hung").touch()
     if kind == "stopped":
         os.kill(os.getpid(), signal.SIGSTOP)
-    threading.Lock().acquire()
     lock = threading.Lock()
     lock.acquire()
     lock.acquire()
@@ -243,16 +244,15 @@ def test_hung_worker_of_ray_train_is_found_in_time_with_traces_and_replaced(kind
         hang = wait_for(lambda: watch.look(time.monotonic()))
         found_at = time.monotonic()
         assert (hang.beat.rank, hang.beat.place) == (1, "step 3 micro-batch 0")
-        assert timeout_s <= found_at - hung_at < timeout_s + 10
+        assert hang.beat.silent_s > timeout_s
+        assert found_at - hung_at < timeout_s + 10
         text = Path(hang.traces).read_text()
         mine, other = text.split("===== rank 0 =====")
         assert "stops_here (test_hang_watch.py" in mine
         assert "waits_for_the_other (test_hang_watch.py" in other
-        fit.join(timeout=60)
+        fit.join(timeout=90)
         assert outcome == [2], "the second group ends well"
-        print(
-            f"found after {found_at - hung_at:.1f} s, replaced and done after another {time.monotonic() - found_at:.1f} s"
-        )
+        print(f"found in {found_at - hung_at:.1f} s, replaced in {time.monotonic() - found_at:.1f} s")
         assert fleet.beats() == []
     finally:
         fleet.shutdown()

@@ -65,7 +65,23 @@ def test_keeper_holds_the_newest_two_parts_of_each_process() -> None:
     keeper = SnapshotKeeper(1000)
     keys = [put_by_hand(keeper, number=number, rank=rank)[1] for rank in (0, 1) for number in (1, 2, 3)]
     assert keeper.inventory() == sorted([*keys[1:3], *keys[4:6]])
-    assert keeper.bytes() == 40
+    assert keeper.bytes() == 60, "the memory of the third is kept for the fourth"
+
+
+def test_memory_of_a_dropped_part_is_used_for_the_next_one_of_its_process() -> None:
+    keeper = SnapshotKeeper(1000)
+    for number in range(1, 10):
+        put_by_hand(keeper, number=number)
+        put_by_hand(keeper, number=number, rank=1, size=30)
+        assert keeper.bytes() <= 3 * (10 + 30)
+    keeper.drop_before(1, 9)
+    assert keeper.bytes() == 2 * (10 + 30)
+    _, key = put_by_hand(keeper, number=10, size=20)
+    assert keeper.bytes() == 10 + 20 + 2 * 30, "of another size it is given back"
+    assert keeper.read(key, 5, 7).tolist() == [10, 10]
+    put_by_hand(keeper, number=1, attempt=2)
+    keeper.drop_before(2, 1)
+    assert keeper.bytes() == 10 + 20, "and that of processes that are no more, too"
 
 
 def test_part_of_a_later_worker_group_is_newer_though_its_step_is_lower() -> None:
@@ -156,6 +172,11 @@ def start_fleet(run_id: str, nodes: Sequence[str]) -> tuple[KeeperFleet, Mapping
     return fleet, keepers
 
 
+def inventories(keepers: Mapping[str, Any]) -> list[list[PartKey]]:
+    found: list[list[PartKey]] = ray.get([keeper.inventory.remote() for keeper in keepers.values()])
+    return found
+
+
 @pytest.mark.ray
 def test_step_is_whole_once_all_parts_of_one_worker_group_have_arrived(nodes: list[str], processes: list[Any]) -> None:
     fleet, _ = start_fleet("whole", nodes)
@@ -178,15 +199,20 @@ def test_step_is_whole_once_all_parts_of_one_worker_group_have_arrived(nodes: li
 
 @pytest.mark.ray
 def test_newer_whole_makes_the_older_ones_give_their_memory_back(nodes: list[str], processes: list[Any]) -> None:
-    fleet, _ = start_fleet("trim", nodes)
+    fleet, keepers = start_fleet("trim", nodes)
     join_run(processes, "trim", nodes)
     for step in (1, 2):
         ray.get([process.put.remote(step) for process in processes])
     size = sum(tensor.nbytes for tensor in make_part(1, 0, 2).tensors.values())
-    assert list(fleet.bytes().values()) == [4 * size] * 2
+    ray.get(processes[0].put.remote(3))
+    assert list(fleet.bytes().values()) == [5 * size] * 2
     fleet.refresh()
-    assert list(fleet.bytes().values()) == [2 * size] * 2
-    assert ray.get(processes[0].find.remote()) == 2
+    wait_for(lambda: [len(keys) for keys in inventories(keepers)] == [3, 3])
+    ray.get(processes[1].put.remote(3))
+    fleet.refresh()
+    wait_for(lambda: [len(keys) for keys in inventories(keepers)] == [2, 2])
+    assert list(fleet.bytes().values()) == [4 * size] * 2, "what holds a snapshot, and memory for the next"
+    assert ray.get(processes[0].find.remote()) == 3
     fleet.shutdown()
 
 
