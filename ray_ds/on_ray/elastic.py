@@ -7,10 +7,8 @@ for new nodes every 20 s and waits a minute for a dead one.
 """
 
 import logging
-import sys
 import threading
 import time
-import traceback
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -53,7 +51,6 @@ SPARE_WAIT_S = 20.0
 SPARE_DELAY_S = 5.0
 """Time that a new group has for itself before its spares start."""
 CALL_TIMEOUT_S = 10.0
-STACKS_TIMEOUT_S = 5.0
 RESOURCE_REQUEST_S = 20.0
 """As often as Ray Train's own policies; a request holds for three minutes."""
 
@@ -66,7 +63,8 @@ class Plan:
 
     sizes: Sizes
     grow_pause_s: float
-    hang_timeout_s: float
+    pause_timeout_s: float
+    """Time that workers have to come to a pause before it is called off."""
     max_failures: int
     spare_modules: tuple[str, ...] = ()
     """What spare workers import; none are kept where this is empty."""
@@ -140,8 +138,6 @@ class GracefulElasticPolicy(ElasticScalingPolicy):  # type: ignore[misc, unused-
         look = self._look()
         if look.request is Request.STOP:
             return NoopDecision()
-        if hung := [rank for rank, stalled in look.stalled_s.items() if stalled > self._plan.hang_timeout_s]:
-            return self._replace_hung(hung, worker_group_state.workers)
         now = time.monotonic()
         if self._asked_at is None:
             if now > worker_group_state.start_time + SPARE_DELAY_S:
@@ -153,7 +149,7 @@ class GracefulElasticPolicy(ElasticScalingPolicy):  # type: ignore[misc, unused-
             nodes = usable_nodes(self._need, self._held, self._plan.sizes.max_workers)
             size = self._plan.sizes.largest(room(nodes))
             return self._resize(size, nodes) if size else NoopDecision()
-        elif not look.any_safe and now - self._asked_at > self._plan.hang_timeout_s:
+        elif not look.any_safe and now - self._asked_at > self._plan.pause_timeout_s:
             self._call(self._board.withdraw.remote("the workers did not pause in time"))
             self._asked_at = None
             self._next_growth_at = now + self._plan.grow_pause_s
@@ -189,18 +185,6 @@ class GracefulElasticPolicy(ElasticScalingPolicy):  # type: ignore[misc, unused-
         running = sum(self._held.values())
         self._board.note.remote("resizing", {"from": running, "to": size})
         return self._get_resize_decision(size)
-
-    def _replace_hung(self, ranks: list[int], workers: Sequence[Any]) -> Any:
-        """Keep the stack traces of all workers, then replace them, unless that was done too often."""
-        stacks: dict[str, str] = {str(rank): text for rank, text in enumerate(_stacks(workers))}
-        facts = {"ranks": ranks, "stalled_s": self._plan.hang_timeout_s, "stacks": stacks}
-        in_a_row = self._call(self._board.fail.remote("hung", facts))
-        if in_a_row > self._plan.max_failures:
-            raise RuntimeError(
-                f"workers {ranks} made no progress for {self._plan.hang_timeout_s:g} s, {in_a_row} times"
-            )
-        nodes = usable_nodes(self._need, self._held, self._plan.sizes.max_workers)
-        return self._resize(self._plan.sizes.largest(room(nodes)) or sum(self._held.values()), nodes)
 
     def _send_resource_request(self) -> None:
         """Tell the autoscaler what is wanted, in a thread: the actor that passes it on may be lost with its node."""
@@ -245,7 +229,7 @@ class BoundedFailurePolicy(DefaultFailurePolicy):  # type: ignore[misc, unused-i
             lost = {"start": _headline(cause)}
         else:
             return decision
-        in_a_row = ray.get(self._board.fail.remote("workers_lost", {"errors": lost}), timeout=CALL_TIMEOUT_S)
+        in_a_row = ray.get(self._board.fail.remote({"errors": lost}), timeout=CALL_TIMEOUT_S)
         is_over = in_a_row > self._plan.max_failures and not _is_preemption_failure(training_failed_error)
         return FailureDecision.RAISE if is_over else decision
 
@@ -285,25 +269,3 @@ class KeptGroupTorchConfig(TorchConfig):  # type: ignore[misc, unused-ignore]
     def backend_cls(self) -> type[_KeptGroupBackend]:
         """Return the backend's class."""
         return _KeptGroupBackend
-
-
-def _stacks(workers: Sequence[Any]) -> list[str]:
-    """Return what each worker's threads are doing, as far as it still answers."""
-    answers = [worker.execute_async(format_stacks) for worker in workers]
-    ready, _ = ray.wait(answers, num_returns=len(answers), timeout=STACKS_TIMEOUT_S)
-    texts = []
-    for answer in answers:
-        try:
-            texts.append(ray.get(answer) if answer in ready else "does not answer")
-        except ray.exceptions.RayError as error:
-            texts.append(_headline(error))
-    return texts
-
-
-def format_stacks() -> str:
-    """Return the stack of each thread of this process."""
-    names = {thread.ident: thread.name for thread in threading.enumerate()}
-    parts = []
-    for ident, frame in sys._current_frames().items():
-        parts.append(f"{names.get(ident, ident)}\n{''.join(traceback.format_stack(frame))}")
-    return "\n".join(parts)
