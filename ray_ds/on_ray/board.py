@@ -25,7 +25,7 @@ class Event:
     """Seconds since 1970."""
     kind: str
     """`workers_started`, `stepping`, `pause_asked`, `pause_withdrawn`, `safe`, `resizing`, `workers_lost`,
-    `stop_asked`."""
+    `stop_asked`, `waiting_for_nodes`."""
     facts: Mapping[str, JsonValue]
     """What belongs to it: `attempt`, `workers`, `step`, `reason`."""
 

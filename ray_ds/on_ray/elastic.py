@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 from ray.train import FailureConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.torch.config import _TorchBackend
@@ -50,7 +51,7 @@ SPARE_WAIT_S = 20.0
 """Time that a larger size waits, at most, for warm processes on the new nodes; training goes on meanwhile."""
 SPARE_DELAY_S = 5.0
 """Time that a new group has for itself before its spares start."""
-CALL_TIMEOUT_S = 10.0
+CALL_TIMEOUT_S = 30.0
 RESOURCE_REQUEST_S = 20.0
 """As often as Ray Train's own policies; a request holds for three minutes."""
 
@@ -115,10 +116,30 @@ class GracefulElasticPolicy(ElasticScalingPolicy):  # type: ignore[misc, unused-
         self._asked_at: float | None = None
         self._next_growth_at = 0.0
         self._waiting_since: float | None = None
+        self._said_waiting = False
 
     def make_decision_for_non_running_worker_group(self) -> Any:
         """Start as many workers as living nodes hold, as soon as the least number fits."""
         self._maybe_send_resource_request()
+        try:
+            return self._decide_to_start()
+        except RayError as error:
+            return self._decide_later(error)
+
+    def make_decision_for_running_worker_group(self, worker_group_state: Any, worker_group_status: Any) -> Any:
+        """Ask for a pause when the group should change, and change it when its state is safe."""
+        self._maybe_send_resource_request()
+        try:
+            return self._decide_to_change(worker_group_state)
+        except RayError as error:
+            return self._decide_later(error)
+
+    def _decide_later(self, error: RayError) -> Any:
+        """Leave all as it is while Ray's head or the board does not answer; Ray Train would end the run."""
+        logger.warning("no scaling decision: %s", _headline(error))
+        return NoopDecision()
+
+    def _decide_to_start(self) -> Any:
         if self._look().request is Request.STOP:
             raise StoppedWithoutWorkers("told to stop while no workers ran")
         now = time.monotonic()
@@ -128,12 +149,14 @@ class GracefulElasticPolicy(ElasticScalingPolicy):  # type: ignore[misc, unused-
         size = self._plan.sizes.largest(room(nodes))
         possible = self._plan.sizes.largest(sum(node.total for node in nodes))
         if size == 0 or (size < possible and now - self._waiting_since < FREE_WAIT_S):
+            if not self._said_waiting and now - self._waiting_since > FREE_WAIT_S:
+                self._said_waiting = True
+                facts = {"room": room(nodes), "least": self._plan.sizes.min_workers}
+                self._board.note.remote("waiting_for_nodes", facts)
             return NoopDecision()
         return self._resize(size, nodes)
 
-    def make_decision_for_running_worker_group(self, worker_group_state: Any, worker_group_status: Any) -> Any:
-        """Ask for a pause when the group should change, and change it when its state is safe."""
-        self._maybe_send_resource_request()
+    def _decide_to_change(self, worker_group_state: Any) -> Any:
         self._held = Counter(worker.metadata.node_id for worker in worker_group_state.workers)
         look = self._look()
         if look.request is Request.STOP:
@@ -181,6 +204,7 @@ class GracefulElasticPolicy(ElasticScalingPolicy):  # type: ignore[misc, unused-
         """Return the decision to run `size` workers on these nodes."""
         self._chosen = [node.node_id for node in nodes if node.free]
         self._asked_at = self._waiting_since = None
+        self._said_waiting = False
         self._offer.stands(0, 0.0)
         running = sum(self._held.values())
         self._board.note.remote("resizing", {"from": running, "to": size})
@@ -229,7 +253,11 @@ class BoundedFailurePolicy(DefaultFailurePolicy):  # type: ignore[misc, unused-i
             lost = {"start": _headline(cause)}
         else:
             return decision
-        in_a_row = ray.get(self._board.fail.remote({"errors": lost}), timeout=CALL_TIMEOUT_S)
+        try:
+            in_a_row = ray.get(self._board.fail.remote({"errors": lost}), timeout=CALL_TIMEOUT_S)
+        except RayError as error:
+            logger.warning("a loss of workers is not counted: %s", _headline(error))
+            return decision
         is_over = in_a_row > self._plan.max_failures and not _is_preemption_failure(training_failed_error)
         return FailureDecision.RAISE if is_over else decision
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import ray
 import ray.train
+from ray.exceptions import RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import ControllerError
@@ -101,8 +102,7 @@ def train_on_ray(
         while not outcome.done():
             if stop is not None and stop.is_set():
                 board.ask.remote(Request.STOP, "the job was told to stop")
-            fleet.refresh()
-            hang_watch.look(time.monotonic())
+            _look_after(fleet, hang_watch)
             watch.pass_on()
             time.sleep(POLL_S)
         watch.pass_on()
@@ -110,6 +110,15 @@ def train_on_ray(
         ray.kill(board)
         fleet.shutdown()
     return _result(outcome)
+
+
+def _look_after(fleet: KeeperFleet, hang_watch: HangWatch) -> None:
+    """Keep a keeper on each node and look for hung workers; Ray's head may be silent for a while."""
+    try:
+        fleet.refresh()
+        hang_watch.look(time.monotonic())
+    except RayError as error:
+        log_event("keepers_unreachable", reason=str(error).splitlines()[0])
 
 
 def _result(outcome: "Future[ray.train.Result]") -> TrainResult:

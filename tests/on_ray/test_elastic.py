@@ -267,3 +267,17 @@ def test_a_node_that_does_not_answer_is_not_grown_onto(monkeypatch: pytest.Monke
     monkeypatch.setattr(elastic, "answering", lambda nodes: [node for node in nodes if node.node_id != "silent"])
     cluster.nodes.append("silent")
     assert [cluster.ask(5.0) for _ in range(5)] == [0] * 5 and cluster.board.request is Request.NONE
+
+
+def test_changes_nothing_while_ray_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    def silent(*_: Any, **__: Any) -> Any:
+        raise ray.exceptions.GetTimeoutError("Get timed out")
+
+    cluster = Cluster(monkeypatch, 1, grow_pause_s=0.0)
+    assert cluster.start() == 1
+    with monkeypatch.context() as silence:
+        silence.setattr(elastic, "draining_nodes", silent)
+        assert [cluster.ask() for _ in range(3)] == [0, 0, 0]
+        silence.setattr(elastic, "usable_nodes", silent)
+        assert cluster.start() == 0
+    assert cluster.start() == 1

@@ -123,7 +123,7 @@ def test_hung_worker_is_replaced_and_its_stacks_are_kept(cluster: Cluster, tmp_p
     run.wait_until(lambda run: len(run.steps) > 3)
     run.end()
     (stacks,) = run.work.glob("hangs/*-rank-0.txt")
-    assert "in hang_once" in stacks.read_text() and run.kinds().count("workers_lost") == 1
+    assert "hang_once (" in stacks.read_text() and run.kinds().count("workers_lost") == 1
 
 
 def test_stock_scaling_is_ray_trains_own(cluster: Cluster, tmp_path: Path) -> None:
