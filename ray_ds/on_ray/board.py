@@ -4,7 +4,6 @@ It lives on the driver's node, outlives the workers, and ends with the job.
 """
 
 import os
-import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,9 +13,8 @@ import ray
 from pydantic import JsonValue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from ray_ds.on_ray.hang_watch import step_of
 from ray_ds.train.host import Request
-
-_STEP = re.compile(r"\bstep (\d+)")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,8 +24,8 @@ class Event:
     time: float
     """Seconds since 1970."""
     kind: str
-    """`workers_started`, `stepping`, `pause_asked`, `pause_withdrawn`, `safe`, `resizing`, `workers_lost`, `hung`,
-    `stop_asked`."""
+    """`workers_started`, `stepping`, `pause_asked`, `pause_withdrawn`, `safe`, `resizing`, `workers_lost`,
+    `stop_asked`, `waiting_for_nodes`."""
     facts: Mapping[str, JsonValue]
     """What belongs to it: `attempt`, `workers`, `step`, `reason`."""
 
@@ -41,8 +39,6 @@ class Look:
     """Whether all workers of the group said that their state is safe."""
     any_safe: bool
     """Whether one of them did."""
-    stalled_s: Mapping[int, float]
-    """By rank: time since the worker was last somewhere else, of those that are not safe."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,9 +53,7 @@ class News:
 class _Worker:
     """What one worker last said."""
 
-    place: str
-    since: float
-    """When it came there, by this process's clock that never jumps."""
+    place: str = ""
     safe_at: int | None = None
 
 
@@ -98,14 +92,14 @@ class Board:
         """
         if self.attempt == 0 or rank in self._workers:
             self.begin(num_workers)
-        self._workers[rank] = _Worker(place="", since=time.monotonic())
+        self._workers[rank] = _Worker()
         return self.attempt
 
     def beat(self, attempt: int, rank: int, place: str) -> Request:
         """Note where a worker is; return what is asked of it."""
         worker = self._worker(attempt, rank)
         if worker is not None and worker.place != place:
-            worker.place, worker.since = place, time.monotonic()
+            worker.place = place
             if not self._is_stepping and (step := step_of(place)):
                 self._is_stepping = True
                 self.note("stepping", {"attempt": attempt, "workers": self.num_workers, "step": step})
@@ -135,20 +129,20 @@ class Board:
             self.request = Request.NONE
             self.note("pause_withdrawn", {"reason": reason})
 
-    def fail(self, kind: str, facts: Mapping[str, JsonValue]) -> int:
+    def fail(self, facts: Mapping[str, JsonValue]) -> int:
         """Note that the group is lost; return how many were in a row that came no further than those before.
 
         A group whose state was safe lost nothing and does not count.
         """
         if self._is_safe():
             return 0
-        reached = max((step_of(worker.place) for worker in self._workers.values()), default=0)
+        reached = max((step_of(worker.place) or 0 for worker in self._workers.values()), default=0)
         self.failures = 1 if reached > self.furthest else self.failures + 1
         self.furthest = max(self.furthest, reached)
         self._workers = {}
         self._is_lost = True
         row = {"attempt": self.attempt, "step": reached, "in_a_row": self.failures}
-        self.note(kind, {**row, **facts})
+        self.note("workers_lost", {**row, **facts})
         return self.failures
 
     def note(self, kind: str, facts: Mapping[str, JsonValue]) -> None:
@@ -157,10 +151,8 @@ class Board:
 
     def look(self) -> Look:
         """Return the board for the scaling policy."""
-        now = time.monotonic()
-        waiting = {rank: now - worker.since for rank, worker in self._workers.items() if worker.safe_at is None}
-        any_safe = len(waiting) < len(self._workers)
-        return Look(request=self.request, is_safe=self._is_safe(), any_safe=any_safe, stalled_s=waiting)
+        any_safe = any(worker.safe_at is not None for worker in self._workers.values())
+        return Look(request=self.request, is_safe=self._is_safe(), any_safe=any_safe)
 
     def collect(self, num_events: int) -> News:
         """Return the events behind the first `num_events`, and all figures since the last call."""
@@ -171,18 +163,12 @@ class Board:
         """Return a worker of the present group; None for one of an older group, or of one that is given up."""
         if attempt != self.attempt or self._is_lost:
             return None
-        return self._workers.setdefault(rank, _Worker(place="", since=time.monotonic()))
+        return self._workers.setdefault(rank, _Worker())
 
     def _is_safe(self) -> bool:
         """Tell whether the whole group is safe."""
         states = [worker.safe_at is not None for worker in self._workers.values()]
         return 0 < self.num_workers == len(states) and all(states)
-
-
-def step_of(place: str) -> int:
-    """Return the step that a place such as `step 12 micro-batch 3` names; 0 where it names none."""
-    found = _STEP.search(place)
-    return int(found[1]) if found else 0
 
 
 def open_board(name: str) -> Any:

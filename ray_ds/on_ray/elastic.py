@@ -7,16 +7,15 @@ for new nodes every 20 s and waits a minute for a dead one.
 """
 
 import logging
-import sys
 import threading
 import time
-import traceback
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 from ray.train import FailureConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.torch.config import _TorchBackend
@@ -52,8 +51,7 @@ SPARE_WAIT_S = 20.0
 """Time that a larger size waits, at most, for warm processes on the new nodes; training goes on meanwhile."""
 SPARE_DELAY_S = 5.0
 """Time that a new group has for itself before its spares start."""
-CALL_TIMEOUT_S = 10.0
-STACKS_TIMEOUT_S = 5.0
+CALL_TIMEOUT_S = 30.0
 RESOURCE_REQUEST_S = 20.0
 """As often as Ray Train's own policies; a request holds for three minutes."""
 
@@ -66,7 +64,8 @@ class Plan:
 
     sizes: Sizes
     grow_pause_s: float
-    hang_timeout_s: float
+    pause_timeout_s: float
+    """Time that workers have to come to a pause before it is called off."""
     max_failures: int
     spare_modules: tuple[str, ...] = ()
     """What spare workers import; none are kept where this is empty."""
@@ -117,10 +116,30 @@ class GracefulElasticPolicy(ElasticScalingPolicy):  # type: ignore[misc, unused-
         self._asked_at: float | None = None
         self._next_growth_at = 0.0
         self._waiting_since: float | None = None
+        self._said_waiting = False
 
     def make_decision_for_non_running_worker_group(self) -> Any:
         """Start as many workers as living nodes hold, as soon as the least number fits."""
         self._maybe_send_resource_request()
+        try:
+            return self._decide_to_start()
+        except RayError as error:
+            return self._decide_later(error)
+
+    def make_decision_for_running_worker_group(self, worker_group_state: Any, worker_group_status: Any) -> Any:
+        """Ask for a pause when the group should change, and change it when its state is safe."""
+        self._maybe_send_resource_request()
+        try:
+            return self._decide_to_change(worker_group_state)
+        except RayError as error:
+            return self._decide_later(error)
+
+    def _decide_later(self, error: RayError) -> Any:
+        """Leave all as it is while Ray's head or the board does not answer; Ray Train would end the run."""
+        logger.warning("no scaling decision: %s", _headline(error))
+        return NoopDecision()
+
+    def _decide_to_start(self) -> Any:
         if self._look().request is Request.STOP:
             raise StoppedWithoutWorkers("told to stop while no workers ran")
         now = time.monotonic()
@@ -130,18 +149,18 @@ class GracefulElasticPolicy(ElasticScalingPolicy):  # type: ignore[misc, unused-
         size = self._plan.sizes.largest(room(nodes))
         possible = self._plan.sizes.largest(sum(node.total for node in nodes))
         if size == 0 or (size < possible and now - self._waiting_since < FREE_WAIT_S):
+            if not self._said_waiting and now - self._waiting_since > FREE_WAIT_S:
+                self._said_waiting = True
+                facts = {"room": room(nodes), "least": self._plan.sizes.min_workers}
+                self._board.note.remote("waiting_for_nodes", facts)
             return NoopDecision()
         return self._resize(size, nodes)
 
-    def make_decision_for_running_worker_group(self, worker_group_state: Any, worker_group_status: Any) -> Any:
-        """Ask for a pause when the group should change, and change it when its state is safe."""
-        self._maybe_send_resource_request()
+    def _decide_to_change(self, worker_group_state: Any) -> Any:
         self._held = Counter(worker.metadata.node_id for worker in worker_group_state.workers)
         look = self._look()
         if look.request is Request.STOP:
             return NoopDecision()
-        if hung := [rank for rank, stalled in look.stalled_s.items() if stalled > self._plan.hang_timeout_s]:
-            return self._replace_hung(hung, worker_group_state.workers)
         now = time.monotonic()
         if self._asked_at is None:
             if now > worker_group_state.start_time + SPARE_DELAY_S:
@@ -153,7 +172,7 @@ class GracefulElasticPolicy(ElasticScalingPolicy):  # type: ignore[misc, unused-
             nodes = usable_nodes(self._need, self._held, self._plan.sizes.max_workers)
             size = self._plan.sizes.largest(room(nodes))
             return self._resize(size, nodes) if size else NoopDecision()
-        elif not look.any_safe and now - self._asked_at > self._plan.hang_timeout_s:
+        elif not look.any_safe and now - self._asked_at > self._plan.pause_timeout_s:
             self._call(self._board.withdraw.remote("the workers did not pause in time"))
             self._asked_at = None
             self._next_growth_at = now + self._plan.grow_pause_s
@@ -185,22 +204,11 @@ class GracefulElasticPolicy(ElasticScalingPolicy):  # type: ignore[misc, unused-
         """Return the decision to run `size` workers on these nodes."""
         self._chosen = [node.node_id for node in nodes if node.free]
         self._asked_at = self._waiting_since = None
+        self._said_waiting = False
         self._offer.stands(0, 0.0)
         running = sum(self._held.values())
         self._board.note.remote("resizing", {"from": running, "to": size})
         return self._get_resize_decision(size)
-
-    def _replace_hung(self, ranks: list[int], workers: Sequence[Any]) -> Any:
-        """Keep the stack traces of all workers, then replace them, unless that was done too often."""
-        stacks: dict[str, str] = {str(rank): text for rank, text in enumerate(_stacks(workers))}
-        facts = {"ranks": ranks, "stalled_s": self._plan.hang_timeout_s, "stacks": stacks}
-        in_a_row = self._call(self._board.fail.remote("hung", facts))
-        if in_a_row > self._plan.max_failures:
-            raise RuntimeError(
-                f"workers {ranks} made no progress for {self._plan.hang_timeout_s:g} s, {in_a_row} times"
-            )
-        nodes = usable_nodes(self._need, self._held, self._plan.sizes.max_workers)
-        return self._resize(self._plan.sizes.largest(room(nodes)) or sum(self._held.values()), nodes)
 
     def _send_resource_request(self) -> None:
         """Tell the autoscaler what is wanted, in a thread: the actor that passes it on may be lost with its node."""
@@ -245,7 +253,11 @@ class BoundedFailurePolicy(DefaultFailurePolicy):  # type: ignore[misc, unused-i
             lost = {"start": _headline(cause)}
         else:
             return decision
-        in_a_row = ray.get(self._board.fail.remote("workers_lost", {"errors": lost}), timeout=CALL_TIMEOUT_S)
+        try:
+            in_a_row = ray.get(self._board.fail.remote({"errors": lost}), timeout=CALL_TIMEOUT_S)
+        except RayError as error:
+            logger.warning("a loss of workers is not counted: %s", _headline(error))
+            return decision
         is_over = in_a_row > self._plan.max_failures and not _is_preemption_failure(training_failed_error)
         return FailureDecision.RAISE if is_over else decision
 
@@ -285,25 +297,3 @@ class KeptGroupTorchConfig(TorchConfig):  # type: ignore[misc, unused-ignore]
     def backend_cls(self) -> type[_KeptGroupBackend]:
         """Return the backend's class."""
         return _KeptGroupBackend
-
-
-def _stacks(workers: Sequence[Any]) -> list[str]:
-    """Return what each worker's threads are doing, as far as it still answers."""
-    answers = [worker.execute_async(format_stacks) for worker in workers]
-    ready, _ = ray.wait(answers, num_returns=len(answers), timeout=STACKS_TIMEOUT_S)
-    texts = []
-    for answer in answers:
-        try:
-            texts.append(ray.get(answer) if answer in ready else "does not answer")
-        except ray.exceptions.RayError as error:
-            texts.append(_headline(error))
-    return texts
-
-
-def format_stacks() -> str:
-    """Return the stack of each thread of this process."""
-    names = {thread.ident: thread.name for thread in threading.enumerate()}
-    parts = []
-    for ident, frame in sys._current_frames().items():
-        parts.append(f"{names.get(ident, ident)}\n{''.join(traceback.format_stack(frame))}")
-    return "\n".join(parts)

@@ -10,7 +10,9 @@ import ray.train
 import torch
 import torch.distributed as dist
 
+from ray_ds.on_ray.hang_watch import SAFE
 from ray_ds.on_ray.keepers import Keepers
+from ray_ds.on_ray.pulse import Pulse
 from ray_ds.train.host import Request, SnapshotStore
 
 BEAT_S = 0.5
@@ -22,21 +24,23 @@ class RayHost:
     """The place of a process in Ray Train's worker group; a thread talks to the board, so the loop never waits.
 
     Args:
+        run_id: names the run's keepers.
         board: the run's notice board.
-        keepers_run_id: names the keepers of the run's snapshots; None where none are kept.
+        keeps_snapshots: whether the keepers take snapshots too.
     """
 
-    def __init__(self, device: torch.device, board: Any, keepers_run_id: str | None) -> None:
+    def __init__(self, device: torch.device, run_id: str, board: Any, *, keeps_snapshots: bool) -> None:
         context = ray.train.get_context()
         self.rank: int = context.get_world_rank()
         self.world_size: int = context.get_world_size()
         self.device = device
         self._board = board
         attempts, nodes = self._meet(ray.get(board.join.remote(self.rank, self.world_size)))
-        self._attempt = max(attempts)
+        self._attempt = attempt = max(attempts)
         self.snapshots: SnapshotStore | None = None
-        if keepers_run_id is not None:
-            self.snapshots = Keepers(keepers_run_id, rank=self.rank, nodes=nodes, attempt=self._attempt)
+        if keeps_snapshots:
+            self.snapshots = Keepers(run_id, rank=self.rank, nodes=nodes, attempt=attempt)
+        self._pulse = Pulse(run_id, rank=self.rank, world_size=self.world_size, attempt=attempt)
         self._place = ""
         self._request = Request.NONE
         threading.Thread(target=self._talk, daemon=True, name="board").start()
@@ -59,12 +63,18 @@ class RayHost:
     def beat(self, place: str) -> None:
         """Say where this process is."""
         self._place = place
+        self._pulse.beat(place)
 
     def safe(self, step: int) -> None:
         """Say that the state is safe and wait; return only when told to stop."""
+        self._pulse.beat(SAFE)
         ray.get(self._board.safe.remote(self._attempt, self.rank, step))
         while self._request is not Request.STOP:
             time.sleep(BEAT_S / 5)
+
+    def close(self) -> None:
+        """Say that this process has ended well."""
+        self._pulse.close()
 
     def _talk(self) -> None:
         """Tell the board where this process is and hear what is asked, until one of the two ends."""

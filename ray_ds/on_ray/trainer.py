@@ -9,6 +9,7 @@ from typing import Any
 
 import ray
 import ray.train
+from ray.exceptions import RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import ControllerError
@@ -18,6 +19,7 @@ from ray_ds.errors import RetryableError, UserError
 from ray_ds.logs import log_event, setup_logging
 from ray_ds.on_ray.board import Event, News, open_board
 from ray_ds.on_ray.elastic import ElasticTorchTrainer, KeptGroupTorchConfig, Plan, StoppedWithoutWorkers
+from ray_ds.on_ray.hang_watch import HangWatch
 from ray_ds.on_ray.host import RayHost
 from ray_ds.on_ray.keepers import KeeperFleet
 from ray_ds.on_ray.sizing import Sizes
@@ -25,6 +27,10 @@ from ray_ds.train.host import Host, Request
 from ray_ds.train.task import Stopped, TrainResult, TrainTask
 
 POLL_S = 0.5
+MIN_PAUSE_TIMEOUT_S = 600.0
+"""A pause needs a whole step and a checkpoint on storage."""
+HANGS = "hangs"
+"""Folder of the stack traces of workers that hung."""
 MALLOC_ENV = {
     "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_THRESHOLD_": "4000000000",
@@ -53,8 +59,8 @@ class TrainingStopped(RetryableError):
 
 
 def log_board(event: Event) -> None:
-    """Write an event of the run as a log line, without stack traces."""
-    log_event(event.kind, **{name: value for name, value in event.facts.items() if name != "stacks"})
+    """Write an event of the run as a log line."""
+    log_event(event.kind, **event.facts)
 
 
 def train_on_ray(
@@ -86,25 +92,33 @@ def train_on_ray(
     """
     name = f"attempt-{os.urandom(6).hex()}"
     board = open_board(f"board-{name}")
-    fleet = KeeperFleet(name) if task.settings.snapshot_every else None
+    fleet = KeeperFleet(name)
+    hang_watch = HangWatch(task.settings.hang_timeout_s, fleet, storage.join(work, HANGS))
     trainer = _make_trainer(task, work, name, board, loop)
     outcome: Future[ray.train.Result] = Future()
     threading.Thread(target=_fit, args=(trainer, outcome), daemon=True).start()
-    watch = _Watch(board, on_report, on_event, storage.join(work, name))
+    watch = _Watch(board, on_report, on_event)
     try:
         while not outcome.done():
             if stop is not None and stop.is_set():
                 board.ask.remote(Request.STOP, "the job was told to stop")
-            if fleet is not None:
-                fleet.refresh()
+            _look_after(fleet, hang_watch)
             watch.pass_on()
             time.sleep(POLL_S)
         watch.pass_on()
     finally:
         ray.kill(board)
-        if fleet is not None:
-            fleet.shutdown()
+        fleet.shutdown()
     return _result(outcome)
+
+
+def _look_after(fleet: KeeperFleet, hang_watch: HangWatch) -> None:
+    """Keep a keeper on each node and look for hung workers; Ray's head may be silent for a while."""
+    try:
+        fleet.refresh()
+        hang_watch.look(time.monotonic())
+    except RayError as error:
+        log_event("keepers_unreachable", reason=str(error).splitlines()[0])
 
 
 def _result(outcome: "Future[ray.train.Result]") -> TrainResult:
@@ -125,11 +139,10 @@ def _result(outcome: "Future[ray.train.Result]") -> TrainResult:
 class _Watch:
     """Brings news from the board to whoever asked for it."""
 
-    def __init__(self, board: Any, on_report: Report, on_event: OnEvent, folder: str) -> None:
+    def __init__(self, board: Any, on_report: Report, on_event: OnEvent) -> None:
         self._board = board
         self._on_report = on_report
         self._on_event = on_event
-        self._folder = folder
         self._num_events = 0
 
     def pass_on(self) -> None:
@@ -139,16 +152,7 @@ class _Watch:
         for record in news.records:
             self._on_report(record)
         for event in news.events:
-            self._keep_stacks(event)
             self._on_event(event)
-
-    def _keep_stacks(self, event: Event) -> None:
-        """Write the stack traces that came with an event, a file a rank."""
-        stacks = event.facts.get("stacks")
-        if isinstance(stacks, Mapping):
-            for rank, text in stacks.items():
-                name = f"stacks-attempt{event.facts['attempt']}-rank{rank}.txt"
-                storage.write_bytes(storage.join(self._folder, name), str(text).encode())
 
 
 def _make_trainer(task: TrainTask, work: str, name: str, board: Any, loop: TrainLoop | None) -> TorchTrainer:
@@ -158,12 +162,11 @@ def _make_trainer(task: TrainTask, work: str, name: str, board: Any, loop: Train
     checkpoint_manager.py `save_state`); ours are in `task.checkpoints`.
     """
     settings = task.settings
-    keepers = name if settings.snapshot_every else None
     is_cuda = task.device == "cuda"
     is_stock = settings.scaling == "stock"
     system, path = storage.filesystem(work)
     options = {
-        "train_loop_config": {"task": task.to_dict(), "board": board, "loop": loop, "keepers": keepers},
+        "train_loop_config": {"task": task.to_dict(), "board": board, "loop": loop, "run_id": name},
         "scaling_config": ScalingConfig(
             num_workers=settings.num_workers,
             use_gpu=is_cuda,
@@ -194,7 +197,7 @@ def _plan(task: TrainTask, loop: TrainLoop | None) -> Plan:
             min_workers=settings.min_workers, max_workers=settings.max_workers, allowed=settings.allowed_workers
         ),
         grow_pause_s=settings.grow_pause_s or 0.0,
-        hang_timeout_s=settings.hang_timeout_s,
+        pause_timeout_s=max(settings.hang_timeout_s, MIN_PAUSE_TIMEOUT_S),
         max_failures=settings.max_failures,
         spare_modules=tuple(modules) if settings.is_elastic and task.device == "cpu" else (),
     )
@@ -239,11 +242,14 @@ def _run_worker(config: dict[str, Any]) -> int | dict[str, Any]:
     """Train in this process; return the facts of the run, or the step after which it was stopped."""
     task = TrainTask.from_dict(config["task"])
     setup_logging()
-    host = RayHost(ray.train.torch.get_device(), config["board"], config["keepers"])
+    keeps_snapshots = task.settings.snapshot_every != 0
+    device = ray.train.torch.get_device()
+    host = RayHost(device, config["run_id"], config["board"], keeps_snapshots=keeps_snapshots)
     loop: TrainLoop | None = config["loop"]
     if loop is None:
         from ray_ds.train.loop import train  # brings DeepSpeed, which reads DS_ACCELERATOR when it is imported
 
         loop = train
     result = loop(task, host)
+    host.close()
     return result.step if isinstance(result, Stopped) else vars(result)

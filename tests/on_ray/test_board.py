@@ -1,6 +1,4 @@
-import pytest
-
-from ray_ds.on_ray.board import Board, step_of
+from ray_ds.on_ray.board import Board
 from ray_ds.train.host import Request
 
 
@@ -19,7 +17,7 @@ def begin(board: Board, workers: int = 2) -> None:
 def lose(board: Board, step: int) -> int:
     """Come to a step, lose the group there and start the next."""
     board.beat(board.attempt, 0, f"step {step}")
-    in_a_row = board.fail("workers_lost", {})
+    in_a_row = board.fail({})
     begin(board)
     return in_a_row
 
@@ -27,9 +25,9 @@ def lose(board: Board, step: int) -> int:
 def test_a_group_is_safe_once_all_its_workers_are() -> None:
     board = running()
     board.safe(1, 0, 7)
-    assert not board.look().is_safe and board.look().any_safe and list(board.look().stalled_s) == [1]
+    assert not board.look().is_safe and board.look().any_safe
     board.safe(1, 1, 7)
-    assert board.look().is_safe and board.look().stalled_s == {}
+    assert board.look().is_safe
 
 
 def test_what_workers_of_an_older_group_say_is_ignored() -> None:
@@ -38,7 +36,7 @@ def test_what_workers_of_an_older_group_say_is_ignored() -> None:
     board.safe(1, 0, 7)
     board.beat(1, 0, "step 9")
     assert not board.look().any_safe
-    assert board.fail("workers_lost", {}) == 1 and board.furthest == 0
+    assert board.fail({}) == 1 and board.furthest == 0
 
 
 def test_a_new_group_is_not_asked_for_the_pause_that_made_it_but_must_still_stop() -> None:
@@ -62,7 +60,7 @@ def test_a_group_that_was_safe_lost_nothing() -> None:
     board = running(1)
     board.beat(1, 0, "step 3")
     board.safe(1, 0, 3)
-    assert board.fail("workers_lost", {}) == 0
+    assert board.fail({}) == 0
 
 
 def test_the_driver_sees_each_event_and_each_record_once() -> None:
@@ -82,8 +80,3 @@ def test_groups_that_nobody_announces_are_told_apart_by_workers_that_come_again(
     board = Board()
     assert [board.join(rank, 2) for rank in (1, 0)] == [1, 1]
     assert [board.join(rank, 3) for rank in (0, 2, 1)] == [2, 2, 2]
-
-
-@pytest.mark.parametrize(("place", "step"), [("step 12 micro-batch 3", 12), ("validation after step 7", 7), ("", 0)])
-def test_step_of_a_place(place: str, step: int) -> None:
-    assert step_of(place) == step

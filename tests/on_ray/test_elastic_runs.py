@@ -113,7 +113,8 @@ def test_hung_worker_is_replaced_and_its_stacks_are_kept(cluster: Cluster, tmp_p
         if not hung.exists():
             hung.parent.mkdir(parents=True, exist_ok=True)
             hung.touch()
-            host.beat("step 3 micro-batch 1")
+            for step in (1, 2, 3):
+                host.beat(f"step {step} micro-batch 1")
             time.sleep(600)
         return count_steps(task, host)
 
@@ -121,8 +122,8 @@ def test_hung_worker_is_replaced_and_its_stacks_are_kept(cluster: Cluster, tmp_p
     run = Run(tmp_path, num_workers=1, loop=hang_once, hang_timeout_s=3.0)
     run.wait_until(lambda run: len(run.steps) > 3)
     run.end()
-    (stacks,) = run.work.glob("*/stacks-attempt1-rank0.txt")
-    assert "in hang_once" in stacks.read_text() and run.kinds().count("hung") == 1
+    (stacks,) = run.work.glob("hangs/*-rank-0.txt")
+    assert "hang_once (" in stacks.read_text() and run.kinds().count("workers_lost") == 1
 
 
 def test_stock_scaling_is_ray_trains_own(cluster: Cluster, tmp_path: Path) -> None:
