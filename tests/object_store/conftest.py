@@ -1,4 +1,4 @@
-"""A real S3 server on loopback (SeaweedFS), started here with made-up keys and a bucket; it can be killed and started again."""
+"""A real S3 server on loopback (SeaweedFS), started here with made-up keys; it can be killed and started again."""
 
 import json
 import os
@@ -45,7 +45,14 @@ class Server:
                     *(weed, f"-config_dir={self.folder}", "server", f"-dir={self.folder}/data"),
                     *("-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-volume.max=20", "-master.volumeSizeLimitMB=64"),
                     *("-filer", "-s3", f"-s3.config={self.folder}/keys.json", "-s3.autoCreateBucket=false"),
-                    *("-s3.iam=false", "-s3.port.iceberg=0", "-s3.port.lance=0", "-master.telemetry=false"),
+                    *(
+                        "-s3.iam=false",
+                        "-master.electionTimeout=500ms",
+                        "-master.heartbeatInterval=100ms",
+                        "-s3.port.iceberg=0",
+                        "-s3.port.lance=0",
+                        "-master.telemetry=false",
+                    ),
                     *(f"-{name}={port}" for name, port in self.ports.items()),
                 ],
                 stdout=log,

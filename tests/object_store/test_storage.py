@@ -150,12 +150,12 @@ def test_a_key_without_the_right_is_refused_and_says_so(folder: str, monkeypatch
     with pytest.raises(StorageRefused, match="AWS_SECRET_ACCESS_KEY"):
         storage.read_bytes(uri)
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "nobody")
-    with pytest.raises(StorageRefused, match="INVALID_ACCESS_KEY_ID.*check AWS_ACCESS_KEY_ID"):
+    with pytest.raises(StorageRefused, match=r"INVALID_ACCESS_KEY_ID.*check AWS_ACCESS_KEY_ID"):
         storage.list_files(folder)
 
 
 def test_a_bucket_that_is_not_there_is_refused(server: Server) -> None:
-    with pytest.raises(StorageRefused, match="NO_SUCH_BUCKET.*create the bucket"):
+    with pytest.raises(StorageRefused, match=r"NO_SUCH_BUCKET.*create the bucket"):
         storage.write_bytes("s3://no-such-bucket/x", b"1")
 
 
@@ -206,7 +206,7 @@ def test_a_store_that_only_asks_for_patience_is_unavailable(server: Server, monk
     with answering(itertools.repeat(503)) as (endpoint, answered):
         monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
         monkeypatch.setenv("AWS_MAX_ATTEMPTS", "3")
-        with pytest.raises(StorageUnavailable, match="SLOW_DOWN|503"):
+        with pytest.raises(StorageUnavailable, match=r"SLOW_DOWN|503"):
             storage.exists("s3://bucket/x")
     assert answered == [503, 503, 503]
 
