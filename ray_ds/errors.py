@@ -53,3 +53,27 @@ class InputError(UserError):
 
 class ClusterError(UserError):
     """The Ray cluster cannot run what the recipe asks for."""
+
+
+class StorageRefused(UserError, OSError):
+    """A disk or an object store will not do what is asked until somebody mends it: it is full, a key is wrong."""
+
+    def __init__(self, uri: str, reason: str, allowed: str, action: str, errno: int | None = None) -> None:
+        super().__init__(uri, reason, allowed, action)
+        self.errno = errno
+
+    def __reduce__(self) -> tuple[type["StorageRefused"], tuple[object, ...]]:
+        return type(self), (self.field, self.value, self.allowed, self.action, self.errno)
+
+
+class StorageUnavailable(RetryableError, OSError):
+    """An object store does not answer, or asks for patience, after all tries: later it may."""
+
+    def __init__(self, uri: str, reason: str, action: str) -> None:
+        super().__init__(f"{uri} (no answer: {reason}) must be reachable; {action}.")
+        self.uri = uri
+        self.reason = reason
+        self.action = action
+
+    def __reduce__(self) -> tuple[type["StorageUnavailable"], tuple[str, str, str]]:
+        return type(self), (self.uri, self.reason, self.action)

@@ -1,9 +1,12 @@
 """Files on local disks and object stores, named by absolute path or URI (`/data/x`, `s3://bucket/x`, `gs://bucket/x`)."""
 
+import contextlib
+import errno
 import functools
 import hashlib
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -11,7 +14,11 @@ from pathlib import Path, PurePosixPath
 
 from pyarrow import fs
 
+from ray_ds import object_store
+from ray_ds.errors import RayDsError, StorageRefused
+
 HASH_BLOCK_BYTES = 1 << 20
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,13 +50,46 @@ def filesystem(uri: str) -> tuple[fs.FileSystem, str]:
 
     Raises:
         ValueError: `uri` is relative.
+        StorageUnavailable: the region of a bucket cannot be asked for.
     """
     if not is_absolute(uri):
         raise ValueError(f"{uri} is relative; storage takes absolute paths and URIs")
-    if "://" in uri:
-        system, path = fs.FileSystem.from_uri(uri)
-        return system, path
-    return fs.LocalFileSystem(), uri
+    if is_remote(uri):
+        with failures_named(uri):
+            return object_store.filesystem(uri)
+    return fs.LocalFileSystem(), str(local_path(uri))
+
+
+@contextlib.contextmanager
+def failures_named(uri: str) -> Iterator[None]:
+    """Raise what goes wrong inside as an error that names the place and says whether trying again helps.
+
+    A file that is not there stays a `FileNotFoundError`, and what this package raised stays as it is.
+
+    Raises:
+        StorageRefused: until somebody mends it: a full disk, a wrong key, no such bucket.
+        StorageUnavailable: an object store that does not answer.
+    """
+    try:
+        yield
+    except (RayDsError, FileNotFoundError):
+        raise
+    except OSError as error:
+        if is_remote(uri):
+            raise object_store.explain(uri, error) from error
+        if error.errno in DISK_FULL:
+            raise _explain_full_disk(uri, error) from error
+        raise
+
+
+def _explain_full_disk(uri: str, error: OSError) -> StorageRefused:
+    """Return an error that says which disk is full."""
+    folder = next(folder for folder in local_path(uri).absolute().parents if folder.exists())
+    disk = next(place for place in [folder, *folder.parents] if place.is_mount())
+    usage = shutil.disk_usage(disk)
+    reason = f"{error.strerror}: {usage.free:,} of {usage.total:,} bytes are free on the disk at {disk}"
+    action = f"free space at {disk}, or choose a run_dir on another disk, and submit again"
+    return StorageRefused(uri, reason, "must be on a disk with room for it", action, error.errno)
 
 
 def local_path(uri: str) -> Path:
@@ -61,7 +101,8 @@ def local_path(uri: str) -> Path:
 def exists(uri: str) -> bool:
     """Tell whether a file or folder is there."""
     system, path = filesystem(uri)
-    return bool(system.get_file_info(path).type != fs.FileType.NotFound)
+    with failures_named(uri):
+        return bool(system.get_file_info(path).type != fs.FileType.NotFound)
 
 
 def read_bytes(uri: str) -> bytes:
@@ -71,19 +112,28 @@ def read_bytes(uri: str) -> bytes:
         FileNotFoundError: there is none.
     """
     system, path = filesystem(uri)
-    with system.open_input_stream(path, compression=None) as stream:
+    with failures_named(uri), system.open_input_stream(path, compression=None) as stream:
         data: bytes = stream.read()
     return data
 
 
 def write_bytes(uri: str, data: bytes) -> None:
-    """Write a whole file so that a reader sees all of it or none, also when the writer is killed."""
+    """Write a whole file so that a reader sees all of it or none, also when the writer is killed or the disk is full.
+
+    Raises:
+        StorageRefused, StorageUnavailable: as in `failures_named`; what was there before is still there.
+    """
     if is_remote(uri):
         system, path = filesystem(uri)
-        with system.open_output_stream(path) as stream:
+        with failures_named(uri), system.open_output_stream(path) as stream:
             stream.write(data)
         return
-    target = local_path(uri)
+    with failures_named(uri):
+        _replace(local_path(uri), data)
+
+
+def _replace(target: Path, data: bytes) -> None:
+    """Write a local file beside its place and move it there."""
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.{os.getpid()}.{secrets.token_hex(4)}.partial")
     try:
@@ -109,7 +159,8 @@ def _sync_folder(folder: Path) -> None:
 def list_files(folder: str) -> list[FileEntry]:
     """Return every file below `folder`, sorted by path; an absent folder has none. Partial writes are left out."""
     system, path = filesystem(folder)
-    found = system.get_file_info(fs.FileSelector(path, recursive=True, allow_not_found=True))
+    with failures_named(folder):
+        found = system.get_file_info(fs.FileSelector(path, recursive=True, allow_not_found=True))
     prefix = path.rstrip("/") + "/"
     entries = [
         FileEntry(path=info.path.removeprefix(prefix), bytes=info.size)
@@ -145,7 +196,7 @@ def _matches(path: list[str], pattern: list[str]) -> bool:
 def read_blocks(uri: str) -> Iterator[bytes]:
     """Yield a file's bytes in blocks of `HASH_BLOCK_BYTES`."""
     system, path = filesystem(uri)
-    with system.open_input_stream(path, compression=None) as stream:
+    with failures_named(uri), system.open_input_stream(path, compression=None) as stream:
         while block := stream.read(HASH_BLOCK_BYTES):
             yield block
 
@@ -161,7 +212,8 @@ def sha256_file(uri: str) -> str:
 def sha256_of_version(uri: str) -> str:
     """Return the sha256 of a file, computed once in this process as long as its size and time of change stay."""
     system, path = filesystem(uri)
-    info = system.get_file_info(path)
+    with failures_named(uri):
+        info = system.get_file_info(path)
     return _sha256_of_version(uri, info.size, info.mtime_ns)
 
 
@@ -173,8 +225,9 @@ def _sha256_of_version(uri: str, _size: int, _mtime_ns: int) -> str:
 def delete_folder(folder: str) -> None:
     """Delete a folder and what is in it; an absent one is no error."""
     system, path = filesystem(folder)
-    if system.get_file_info(path).type == fs.FileType.Directory:
-        system.delete_dir(path)
+    with failures_named(folder):
+        if system.get_file_info(path).type == fs.FileType.Directory:
+            system.delete_dir(path)
 
 
 def download(uri: str, folder: Path) -> Path:
@@ -185,7 +238,7 @@ def download(uri: str, folder: Path) -> Path:
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-        with open(partial, "wb") as file:
+        with failures_named(str(target)), open(partial, "wb") as file:
             for block in read_blocks(uri):
                 file.write(block)
         os.replace(partial, target)

@@ -11,6 +11,7 @@ FLOORS = {
     "__init__": 0,
     "errors": 0,
     "logs": 0,
+    "object_store": 0,
     "storage": 0,
     "config": 1,
     "artifacts": 1,

@@ -63,7 +63,7 @@ kill_tree() {   # GROUP MARK: end at once all that belongs together, as when a m
 wait_for_port() {   # HOST PORT SECONDS LOG GROUP: wait until something listens, as long as a group of processes runs that should
   local end=$((SECONDS + $3))
   until (exec 3<>"/dev/tcp/$1/$2") 2>/dev/null; do
-    if [ "$SECONDS" -ge "$end" ] || [ -z "$(living "$5")" ]; then
+    if [ "$SECONDS" -ge "$end" ] || ! kill -0 "$5" 2>/dev/null; then
       echo "nothing listens on port $2 of $1 (it had $3 s); the end of $4:" >&2
       tail -n 20 "$4" >&2
       return 1

@@ -9,7 +9,7 @@ import pytest
 from safetensors.torch import load_file
 
 from ray_ds import storage
-from ray_ds.errors import ArtifactError
+from ray_ds.errors import ArtifactError, StorageUnavailable
 from ray_ds.train import checkpoints
 from ray_ds.train.checkpoints import writing
 from tests.train.object_store import use_object_store
@@ -372,7 +372,7 @@ def test_storage_that_does_not_answer_is_no_reason_to_take_an_older_one(monkeypa
     write(writers, 10)
     write(writers, 20)
     store.refuses = lambda number, verb, key: verb == "GET" and key.endswith("step-00000020/COMMITTED.json")
-    with pytest.raises(ArtifactError, match=r"503 SlowDown\) must be readable, to tell which checkpoint to go on from"):
+    with pytest.raises(StorageUnavailable, match=r"step-00000020/COMMITTED.json: 503 SlowDown\) must be reachable"):
         checkpoints.find_latest(root)
 
 

@@ -8,7 +8,7 @@ from typing import Literal
 from pyarrow import fs
 
 from ray_ds import storage
-from ray_ds.errors import ArtifactError
+from ray_ds.errors import ArtifactError, StorageUnavailable
 from ray_ds.logs import log_event
 from ray_ds.train.checkpoints.commit import (
     COMMITTED,
@@ -34,10 +34,13 @@ def find_latest(root: str, *, verify: Verify = "sha256") -> Commit | None:
         root: folder of all checkpoints.
         verify: whether the files' hashes are checked, or only their sizes.
     Raises:
-        ArtifactError: there are checkpoints, and all are damaged; or the storage does not answer.
+        ArtifactError: there are checkpoints, and all are damaged; or the storage cannot be read.
+        StorageUnavailable: an object store does not answer; later it may.
     """
     try:
         return _find_latest(root, verify)
+    except StorageUnavailable:
+        raise
     except OSError as error:
         allowed = "must be readable, to tell which checkpoint to go on from"
         raise ArtifactError(root, f"{error}", allowed, "see that the storage answers, then try again") from error
