@@ -102,8 +102,9 @@ class TrainSettings:
     """How much an expert's bias moves a step towards balance (arXiv 2408.15664), for a model with experts only; absent
     = 0.001."""
     bad_loss: Literal["fail", "skip", "roll_back"] = "fail"
-    """What a bad step does: end the job; leave the weights as they were and go on; or go back to the last checkpoint
-    and on with the data behind the bad step. A loss that is no number is bad, and so is one above `loss_spike`."""
+    """What a bad step does: end the job; leave the weights as they were and go on; or go back to the last regular
+    checkpoint and on with the data behind the bad step. A loss that is no number is bad, and so is one above
+    `loss_spike`."""
     loss_spike: Annotated[float, pydantic.Field(gt=1)] | None = None
     """How many times the median of the last 32 losses a loss must be to count as a spike; absent = never."""
     max_bad_steps: NonNegativeInt | None = None
@@ -112,8 +113,11 @@ class TrainSettings:
     """Of the weights at the start and of the order of the rows."""
     window_shards: PositiveInt = 4
     """Shards whose rows are mixed: as many as a node should have at hand at a time."""
+    shard_cache_bytes: Annotated[PositiveInt, OUTPUT_UNCHANGED] = 64 << 30
+    """Bytes that shards from an object store may take on a node's disk, of all runs together; at least two windows."""
     checkpoint_every: Annotated[PositiveInt, OUTPUT_UNCHANGED] = 500
-    """Steps between checkpoints of all state."""
+    """Steps between regular checkpoints of all state; more are written when the workers are told to stop. With
+    `bad_loss = "roll_back"` it says where a roll back goes to."""
     keep_checkpoints: Annotated[PositiveInt, OUTPUT_UNCHANGED] = 2
     """Checkpoints kept; the older ones are deleted. Two survive one that is damaged."""
     keep_best: Annotated[bool, OUTPUT_UNCHANGED] = False

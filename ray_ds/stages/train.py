@@ -19,7 +19,7 @@ from ray_ds.on_ray.preflight import check_cluster
 from ray_ds.on_ray.stopping import stop_request
 from ray_ds.on_ray.trainer import train_on_ray
 from ray_ds.tokenizer import load_tokenizer
-from ray_ds.train.batches import open_split
+from ray_ds.train.batches import check_cache, open_split
 from ray_ds.train.metrics import SHOWN
 from ray_ds.train.task import TrainTask
 from ray_ds.train.trackers import check_trackers
@@ -100,7 +100,10 @@ def check_task(task: TrainTask, run: StageRun) -> None:
     check_trackers(settings.trackers, f"{run.step}.trackers")
     splits: list[Split] = ["train", "validation"] if settings.validate_every else ["train"]
     for split in splits:
-        check_rows(open_split(task.shards, split), storage.join(task.shards, split), settings.seq_len)
+        opened = open_split(task.shards, split, settings.shard_cache_bytes)
+        check_rows(opened, storage.join(task.shards, split), settings.seq_len)
+        if split == "train":
+            check_cache(opened, settings, field=f"{run.step}.shard_cache_bytes")
     check_cluster(
         run.run_dir,
         num_workers=settings.min_workers,
@@ -108,4 +111,5 @@ def check_task(task: TrainTask, run: StageRun) -> None:
         gpus_per_worker=1.0 if task.device == "cuda" else 0.0,
         field=f"{run.step}.num_workers",
     )
-    run.input(TokenShards).verify_files()  # last, for it reads every shard
+    if not storage.is_remote(task.shards):  # those on an object store are checked when a node fetches them
+        run.input(TokenShards).verify_files()  # last, for it reads every shard

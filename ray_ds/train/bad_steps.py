@@ -3,9 +3,10 @@
 import math
 import statistics
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 from ray_ds.config.train import TrainSettings
+from ray_ds.train.metrics import Record
 
 WINDOW = 32
 """Good losses whose median a new one is compared with; a spike is looked for once there are as many."""
@@ -14,11 +15,16 @@ WINDOW = 32
 class BadSteps:
     """Judges the loss of each step and counts the bad ones; equal losses give equal judgements on every process."""
 
-    def __init__(self, settings: TrainSettings, losses: Iterable[float]) -> None:
-        """Start behind the losses of the steps that count so far."""
+    def __init__(self, settings: TrainSettings, records: Sequence[Record], *, count: int = 0) -> None:
+        """Start behind the steps that count so far, of which `count` more were bad."""
         self._settings = settings
+        self.count = count
+        self.start_behind(records)
+
+    def start_behind(self, records: Sequence[Record]) -> None:
+        """Take the losses of these steps as those before the next one."""
+        losses = [record["loss"] for record in records if not record.get("is_skipped")]
         self._recent = deque((loss for loss in losses if math.isfinite(loss)), maxlen=WINDOW)
-        self.count = 0
 
     def judge(self, loss: float) -> str | None:
         """Return what is wrong with a loss, or None; only a good one counts towards the median."""

@@ -3,6 +3,7 @@
 import time
 import warnings
 from contextlib import closing
+from functools import cached_property
 
 import torch
 import torch.distributed as dist
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from ray_ds import storage
 from ray_ds.config.model_size import flops_per_token
+from ray_ds.data.shards import TokenSplit
 from ray_ds.logs import log_event
 from ray_ds.model.balance import expert_load, reset_expert_load, update_router_bias
 from ray_ds.model.decoder import Decoder
@@ -80,7 +82,7 @@ class TrainLoop:
         init_weights(decoder, settings.seed)
         self.decoder = decoder
         self.engine = Engine(decoder, settings, device=host.device, world_size=host.world_size)
-        split = open_split(task.shards, "train")
+        split = open_split(task.shards, "train", settings.shard_cache_bytes)
         self.batches = Batches(split, settings, rank=host.rank, world_size=host.world_size, device=host.device)
         self.safekeeping = Safekeeping(task, self.engine, host)
         self.profiler = StepProfiler(
@@ -120,8 +122,8 @@ class TrainLoop:
             write_attempts(attempts_file, self.goodput.attempts)
             run = TrackedRun(output=self.task.output, settings=self.task.settings_json(), steps_done=self.step)
             self.trackers = Trackers(self.settings.trackers, run)
-        losses = [record["loss"] for record in progress.records if not record.get("is_skipped")]
-        self.bad_steps = BadSteps(self.settings, losses)
+        self.bad_steps = BadSteps(self.settings, progress.records, count=progress.bad_steps)
+        self.batches.read_ahead(self.cursor)
 
     def run_step(self) -> bool:
         """Train on one batch and keep what is due; tell whether the state is safe and training is to pause or end."""
@@ -133,7 +135,9 @@ class TrainLoop:
                 return False
         self._step_s = time.perf_counter() - started
         self._validate_and_show()
-        progress = Progress(step=self.step, cursor=self.cursor, records=self.metrics.records)
+        progress = Progress(
+            step=self.step, cursor=self.cursor, records=self.metrics.records, bad_steps=self.bad_steps.count
+        )
         with self.profiler.phase("keep"):
             is_safe = self.safekeeping.keep(progress, word, is_last=self.step == self.settings.num_steps)
         self._other_s = time.perf_counter() - started - self._step_s - self.safekeeping.snapshot_s
@@ -213,14 +217,13 @@ class TrainLoop:
     def _roll_back(self) -> None:
         """Go back to the newest safe state, and on with the batch after the bad one."""
         behind = self.cursor + 1
-        self.safekeeping.finish()
-        progress = self.safekeeping.restore()
+        progress = self.safekeeping.go_back()
         if progress is None:
-            raise FloatingPointError(
-                f"step {self.step + 1} is bad and there is no state to go back to; lower checkpoint_every or the rate"
-            )
+            action = "lower checkpoint_every or the learning rate"
+            raise FloatingPointError(f"step {self.step + 1} is bad and there is no checkpoint to go back to; {action}")
         self.step, self.cursor = progress.step, behind
         self.metrics.go_back(progress.step)
+        self.bad_steps.start_behind(self.metrics.records)
         self.goodput.go_back(self.metrics.records, now=time.time())
 
     def _validate_and_show(self) -> None:
@@ -234,12 +237,16 @@ class TrainLoop:
         if "validation_loss" in self._record or _is_due(self.settings.log_every, self.step, is_last):
             self.host.report(self._record)
 
+    @cached_property
+    def validation(self) -> TokenSplit:
+        """The validation split, opened at the first look."""
+        return open_split(self.task.shards, "validation", self.settings.shard_cache_bytes)
+
     def validation_loss(self) -> float:
         """Return the loss on rows of the validation split, in nats a token."""
-        split = open_split(self.task.shards, "validation")
         sums = torch.zeros(2, dtype=torch.float64, device=self.host.device)
         world = {"rank": self.host.rank, "world_size": self.host.world_size}
-        for tokens, targets, _ in validation_batches(split, self.settings, device=self.host.device, **world):
+        for tokens, targets, _ in validation_batches(self.validation, self.settings, device=self.host.device, **world):
             self.host.beat(f"step {self.step} validation")
             sums[0] += self.engine.loss(tokens, targets)
             sums[1] += (targets >= 0).sum()

@@ -2,7 +2,7 @@
 
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -34,6 +34,8 @@ class Progress:
     """Number of the next batch: the state of the data. It runs ahead of `step` by what a roll back passed over."""
     records: Sequence[Record]
     """Of all steps done."""
+    bad_steps: int = 0
+    """Bad steps so far, for they are bounded."""
 
 
 class Safekeeping:
@@ -51,6 +53,7 @@ class Safekeeping:
             world_size=host.world_size,
             keep=settings.keep_checkpoints,
             keep_best=settings.keep_best,
+            every=settings.checkpoint_every,
         )
         self._store = host.snapshots if settings.snapshot_every != 0 else None
         self._cadence = SnapshotCadence(settings.snapshot_every, is_speaking=host.rank == 0)
@@ -82,11 +85,35 @@ class Safekeeping:
             progress = self._restore_snapshot(snapshot_step, commit)
             if progress is not None:
                 return progress
+        return self._restore_checkpoint(commit) if commit is not None else None
+
+    def go_back(self) -> Progress | None:
+        """Load the newest regular checkpoint and drop all newer ones; None where there is none.
+
+        Regular ones are multiples of `checkpoint_every`: where a roll back goes to must not depend on who came and
+        went. Snapshots of the steps that are undone lead to the same bad step and back again, so they may stay.
+
+        Raises:
+            ArtifactError: there are such checkpoints, and all are damaged.
+        """
+        self._writer.join()
+        dist.barrier()  # every process's part is written, or failed
+        commit: Commit | None = None
+        if self._host.rank == 0:
+            commit = find_latest(self._root, every=self._settings.checkpoint_every)
+            if commit is not None:
+                delete_newer(self._root, commit.step)
+        commit = _broadcast(commit)
         if commit is None:
             return None
+        self._committed = self._written = commit.step
+        self._cadence.take_now()
+        return self._restore_checkpoint(commit)
+
+    def _restore_checkpoint(self, commit: Commit) -> Progress:
         with CheckpointReader(self._root, commit) as reader:
             self._engine.load_state(reader)
-            return self._progress(commit.step, reader.extra["cursor"], decode(reader.metrics()), source="storage")
+            return self._progress(commit.step, reader.extra, decode(reader.metrics()), source="storage")
 
     def _choose(self) -> tuple[Commit | None, int | None]:
         """Return the newest checkpoint, and the step of a snapshot if that is newer; rank 0 looks, its word counts."""
@@ -115,7 +142,7 @@ class Safekeeping:
         if not _all_agree(state is not None, self._host.device) or state is None:
             return None
         self._engine.load_state(state)
-        return self._progress(step, state.extra["cursor"], records, source="memory")
+        return self._progress(step, state.extra, records, source="memory")
 
     def _records_until(self, step: int, commit: Commit | None, state: PackedState) -> list[Record]:
         """Return the records of all steps before a snapshot: a checkpoint's, and those the snapshot has of later ones.
@@ -133,11 +160,14 @@ class Safekeeping:
             raise LookupError(f"records of {len(records)} steps are to be had")
         return records
 
-    def _progress(self, step: int, cursor: JsonValue, records: Sequence[Record], *, source: str) -> Progress:
-        assert isinstance(cursor, int)
+    def _progress(
+        self, step: int, extra: Mapping[str, JsonValue], records: Sequence[Record], *, source: str
+    ) -> Progress:
+        cursor, bad_steps = extra["cursor"], extra["bad_steps"]
+        assert isinstance(cursor, int) and isinstance(bad_steps, int)
         if self._host.rank == 0:
             log_event("resumed", step=step, cursor=cursor, source=source, world_size=self._host.world_size)
-        return Progress(step=step, cursor=cursor, records=records)
+        return Progress(step=step, cursor=cursor, records=records, bad_steps=bad_steps)
 
     def keep(self, progress: Progress, word: Word, *, is_last: bool) -> bool:
         """Keep the state after a step where it is due or asked for; tell whether it is safe because it was asked for.
@@ -213,7 +243,7 @@ class Safekeeping:
             step=progress.step,
             rank=self._host.rank,
             world_size=self._host.world_size,
-            extra={"cursor": progress.cursor, "seed": self._settings.seed},
+            extra={"cursor": progress.cursor, "seed": self._settings.seed, "bad_steps": progress.bad_steps},
             own=own,
             out=self._packed.get(slot),
         )

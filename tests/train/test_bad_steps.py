@@ -17,11 +17,15 @@ from tests.train.runs import PlainHost, make_settings, make_task, read_records, 
 BAD_STEP = 6
 
 
+def records(count: int) -> list[dict[str, float]]:
+    return [{"loss": 2.0}] * count
+
+
 def test_a_spike_is_judged_by_the_median_of_the_last_good_losses() -> None:
     settings = make_settings(bad_loss="skip", loss_spike=1.5)
-    judge = BadSteps(settings, [2.0] * (WINDOW - 1)).judge
+    judge = BadSteps(settings, records(WINDOW - 1)).judge
     assert judge(100.0) is None, "there are too few losses to tell a spike"
-    judge = BadSteps(settings, [2.0] * WINDOW).judge
+    judge = BadSteps(settings, records(WINDOW)).judge
     assert judge(2.9) is None
     assert judge(3.1) == "the loss is 3.1, over 1.5 times the median of the last 32, 2"
     assert judge(3.1) is not None, "a spike does not count towards the median"
@@ -33,7 +37,7 @@ def test_a_loss_that_is_no_number_is_bad_but_for_fp16_which_finds_its_scale_so()
 
 
 def test_without_a_threshold_no_loss_is_a_spike() -> None:
-    assert BadSteps(make_settings(bad_loss="skip"), [2.0] * WINDOW).judge(1e9) is None
+    assert BadSteps(make_settings(bad_loss="skip"), records(WINDOW)).judge(1e9) is None
 
 
 def test_bad_steps_are_bounded() -> None:

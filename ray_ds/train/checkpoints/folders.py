@@ -27,7 +27,7 @@ Verify = Literal["sha256", "sizes"]
 _STEP = re.compile(r"step-(\d{8,})/")
 
 
-def find_latest(root: str, *, verify: Verify = "sha256") -> Commit | None:
+def find_latest(root: str, *, verify: Verify = "sha256", every: int = 1) -> Commit | None:
     """Return the newest whole checkpoint; None where there is none, not even a damaged one.
 
     Args:
@@ -38,7 +38,7 @@ def find_latest(root: str, *, verify: Verify = "sha256") -> Commit | None:
         StorageUnavailable: an object store does not answer; later it may.
     """
     try:
-        return _find_latest(root, verify)
+        return _find_latest(root, verify, every)
     except StorageUnavailable:
         raise
     except OSError as error:
@@ -46,10 +46,12 @@ def find_latest(root: str, *, verify: Verify = "sha256") -> Commit | None:
         raise ArtifactError(root, f"{error}", allowed, "see that the storage answers, then try again") from error
 
 
-def _find_latest(root: str, verify: Verify) -> Commit | None:
+def _find_latest(root: str, verify: Verify, every: int) -> Commit | None:
     passed_over: list[str] = []
     damaged: list[tuple[str, str]] = []
     for step, listed in sorted(_list_steps(root).items(), reverse=True):
+        if step % every:
+            continue
         uri = checkpoint_uri(root, step)
         try:
             commit, reason = _read_whole(root, step, listed, verify), "writing it was not finished"
@@ -175,10 +177,14 @@ def delete_file(uri: str) -> None:
         system.delete_file(path)
 
 
-def delete_old(root: str, *, keep: int, keep_best: bool) -> None:
-    """Delete all checkpoints but the newest, and the one with the lowest validation loss."""
+def delete_old(root: str, *, keep: int, keep_best: bool, every: int = 1) -> None:
+    """Delete all checkpoints but the newest, the newest regular one, and the one with the lowest validation loss.
+
+    Args:
+        every: multiples of this many steps are regular ones, which a roll back goes to.
+    """
     steps = committed_steps(root)
-    kept = set(steps[-keep:])
+    kept = {*steps[-keep:], *[step for step in steps if step % every == 0][-1:]}
     if keep_best and len(steps) > keep:
         losses = {step: loss for step in steps if (loss := _validation_loss(root, step)) is not None}
         kept |= set(sorted(losses, key=lambda step: (losses[step], -step))[:1])

@@ -33,6 +33,7 @@ class CheckpointWriter:
         world_size: int,
         keep: int,
         keep_best: bool,
+        every: int = 1,
         max_failed: int = MAX_FAILED,
         timeout_s: float = TIMEOUT_S,
     ) -> None:
@@ -44,11 +45,12 @@ class CheckpointWriter:
             world_size: processes that write together.
             keep: newest checkpoints that stay.
             keep_best: whether the one with the lowest validation loss stays too.
+            every: steps between regular checkpoints, of which the newest stays, for a roll back to go to.
             max_failed: checkpoints in a row that may fail; this one raises.
             timeout_s: how long rank 0 waits for the others' parts before it gives a checkpoint up.
         """
         self._root, self._rank, self._world_size = root, rank, world_size
-        self._keep, self._keep_best = keep, keep_best
+        self._keep, self._keep_best, self._every = keep, keep_best, every
         self._max_failed, self._timeout_s = max_failed, timeout_s
         self._num_started = 0
         self._num_failed = 0
@@ -90,6 +92,7 @@ class CheckpointWriter:
             validation_loss=validation_loss,
             keep=self._keep,
             keep_best=self._keep_best,
+            every=self._every,
             timeout_s=self._timeout_s,
         )
         self._error = None

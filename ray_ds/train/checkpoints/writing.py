@@ -57,6 +57,7 @@ class Writing:
     validation_loss: float | None
     keep: int
     keep_best: bool
+    every: int
     timeout_s: float
     abandoned: threading.Event = field(default_factory=threading.Event)
     reason_to_abandon: str = ""
@@ -259,7 +260,7 @@ class Writing:
 
     def _tidy_old(self) -> None:
         try:
-            folders.delete_old(self.root, keep=self.keep, keep_best=self.keep_best)
+            folders.delete_old(self.root, keep=self.keep, keep_best=self.keep_best, every=self.every)
         except FAILURES as error:
             log_event("checkpoint_left_over", root=self.root, reason=error)
 
