@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
@@ -280,6 +280,8 @@ class StageRun:
     digest: str
     settings: JsonValue
     inputs: tuple[Artifact, ...]
+    check_alone: Callable[[], None] = lambda: None
+    """Raises where another job has taken over this run, so that nothing of its is overwritten."""
 
     def input(self, *kinds: type[A]) -> A:
         """Return the input artefact that is of one of the given kinds."""
@@ -298,6 +300,7 @@ class StageRun:
 
     def commit(self, facts: Mapping[str, JsonValue], *, seconds: float, sources: Sequence[SourceFile] = ()) -> Artifact:
         """Hash the folder's files, write the manifest last and atomically, and return the finished artefact."""
+        self.check_alone()
         entries = [
             entry
             for entry in storage.list_files(self.uri)

@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -149,7 +150,11 @@ def _run_stage(stage: str, arguments: Sequence[str], root: str | None) -> int:
 
 
 def run_step(recipe: Recipe, step: Step) -> None:
-    """Run one step in this process, which becomes the driver; a finished one is left alone."""
+    """Run one step in this process, which becomes the driver; a finished one is left alone.
+
+    Raises:
+        ClusterError: another job is at work on this step.
+    """
     if (finished := find_finished(recipe, step)) is not None:
         log_event("skipped", step=step.name, reason="finished", uri=finished.uri)
         return
@@ -157,8 +162,9 @@ def run_step(recipe: Recipe, step: Step) -> None:
     stage: Callable[[Any, Any], Any] = load_object(step.stage.function)
     load_object("ray_ds.on_ray.session:connect")()
     load_object("ray_ds.on_ray.stopping:end_on_sigterm")()
-    log_event("started", step=step.name, uri=run.uri)
-    artifact = stage(step.settings, run)
+    with load_object("ray_ds.on_ray.run_lock:lock_run")(run.uri) as lock:
+        log_event("started", step=step.name, uri=run.uri)
+        artifact = stage(step.settings, replace(run, check_alone=lock.check))
     log_event("finished", step=step.name, uri=artifact.uri, seconds=artifact.manifest.seconds)
 
 

@@ -50,6 +50,11 @@ def this_owner() -> Owner:
     )
 
 
+def lock_run(run_uri: str) -> "RunLock":
+    """Return the lock of a step's folder for this process."""
+    return RunLock(run_uri, this_owner())
+
+
 class _LockHolder:
     """An actor whose name is the lock; it dies with the driver that started it."""
 
