@@ -10,7 +10,7 @@ from ray_ds.recipe import Recipe, Step
 from ray_ds.report import summary_lines, write_summary
 from ray_ds.serve.client import is_taken_by_another
 from ray_ds.steps import find_finished, prepare_run, step_digest
-from ray_ds.submit import JobRequest, check_overrides, follow_job, job_client, submit_step
+from ray_ds.submit import JobEnd, JobRequest, check_overrides, follow_job, job_client, submit_step
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -67,13 +67,14 @@ def submit_and_follow(recipe: Recipe, step: Step, root: str, overrides: Sequence
     """
     request = JobRequest(recipe_path=recipe.path, root=root, overrides=check_overrides(overrides))
     for retry in range(retries + 1):
-        status, job_id = _submit_once(recipe, step, request)
-        if status != RETRYABLE_EXIT_CODE or retry == retries:
+        end, job_id = _submit_once(recipe, step, request)
+        if end.exit_status != RETRYABLE_EXIT_CODE or end.is_stopped or retry == retries:
             break
         log_event("submitting_again", step=step.name, after=job_id, retries_left=retries - retry - 1)
-    if status != 0:
-        log_event("failed", step=step.name, job=job_id, exit_status=status)
-        return status
+    if end.exit_status != 0:
+        event = "broken_off" if end.exit_status == RETRYABLE_EXIT_CODE else "failed"
+        log_event(event, step=step.name, job=job_id, exit_status=end.exit_status)
+        return end.exit_status
     if find_finished(recipe, step) is None:
         raise StepFailed(
             f"job {job_id} of step {step.name} ended, but its {step.stage.writes} cannot be reached from here"
@@ -81,8 +82,8 @@ def submit_and_follow(recipe: Recipe, step: Step, root: str, overrides: Sequence
     return 0
 
 
-def _submit_once(recipe: Recipe, step: Step, request: JobRequest) -> tuple[int, str]:
-    """Submit a step, follow its log to the end, and return its job's exit status and id."""
+def _submit_once(recipe: Recipe, step: Step, request: JobRequest) -> tuple[JobEnd, str]:
+    """Submit a step, follow its log to the end, and return how its job ended, and its id."""
     prepare_run(recipe, step)
     client = job_client()
     job_id = submit_step(client, step, request)

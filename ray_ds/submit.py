@@ -12,15 +12,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 from tqdm import tqdm
 
-from ray_ds.errors import ClusterError, ConfigError
-from ray_ds.logs import parse_progress
+from ray_ds.errors import RETRYABLE_EXIT_CODE, ClusterError, ConfigError, RetryableError
+from ray_ds.logs import log_event, parse_progress
 from ray_ds.recipe import Step
 
 POLL_S = 0.5
+RECONNECT_S = 2.0
+PATIENCE_S = 180.0
+"""Time in which a head that was lost may be started again."""
+END_WAIT_S = 10.0
+STOP_GRACE_S = 60
+"""Time that a job has after `ray job stop`; the cluster files set the same for jobs that others submit."""
 IN_BAR = {
     "loss": "loss {:.4g}",
     "validation_loss": "validation {:.4g}",
@@ -42,6 +49,16 @@ class JobRequest:
     recipe_path: str
     root: str
     overrides: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobEnd:
+    """How a job ended."""
+
+    exit_status: int
+    """0 finished, 75 broken off: submitting again goes on; 2 a user's mistake, any other a failure."""
+    is_stopped: bool
+    """Whether somebody stopped it."""
 
 
 def job_client() -> Any:
@@ -97,7 +114,8 @@ def submit_step(client: Any, step: Step, request: JobRequest) -> str:
     job_id: str = client.submit_job(
         entrypoint=" ".join(_quote(part) for part in quoted),
         submission_id=submission_id,
-        runtime_env={"working_dir": str(here)},
+        # `ray job stop` waits as long before it kills; training writes a checkpoint meanwhile.
+        runtime_env={"working_dir": str(here), "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_GRACE_S)}},
         metadata={"step": step.name, "stage": step.stage.name},
     )
     return job_id
@@ -107,30 +125,59 @@ def _quote(part: str) -> str:
     return part if all(c.isalnum() or c in "-_./=:," for c in part) else "'" + part.replace("'", "'\"'\"'") + "'"
 
 
-def follow_job(client: Any, job_id: str) -> int:
-    """Print a job's log until it ends, progress as a bar where this is a terminal; return its exit status."""
+def follow_job(client: Any, job_id: str) -> JobEnd:
+    """Print a job's log until it ends, progress as a bar where this is a terminal; return how it ended.
+
+    Raises:
+        RetryableError: the cluster has not answered for `PATIENCE_S`.
+    """
     try:
-        asyncio.run(_print_log(client, job_id))
+        return asyncio.run(_follow(client, job_id))
     except KeyboardInterrupt:
         print(f"\nstopped following; the job goes on: ray job logs -f {job_id}; ray job stop {job_id}")
         raise
-    return asyncio.run(_exit_status(client, job_id))
 
 
-async def _print_log(client: Any, job_id: str) -> None:
-    printer = _LogPrinter(sys.stdout.isatty())
-    async for text in client.tail_job_logs(job_id):
-        printer.feed(text)
-    printer.close()
+async def _follow(client: Any, job_id: str) -> JobEnd:
+    """Print the log, again from the start where the connection broke, until the job has its final state."""
+    while True:
+        printer = _LogPrinter(sys.stdout.isatty())
+        try:
+            async for text in client.tail_job_logs(job_id):
+                printer.feed(text)
+        except (ConnectionError, RuntimeError, OSError, aiohttp.ClientError) as error:
+            log_event("connection_lost", job=job_id, reason=str(error).splitlines()[0] if str(error) else repr(error))
+        printer.close()
+        started = time.monotonic()
+        while time.monotonic() < started + END_WAIT_S:  # the log ends a moment before the state says so
+            info = await _ask_for_info(client, job_id)
+            if info.status.is_terminal():
+                return _job_end(info)
+            await asyncio.sleep(POLL_S)
 
 
-async def _exit_status(client: Any, job_id: str) -> int:
-    """Wait for the job's final state; its driver's exit status, or 1 where it has none."""
-    while not (info := client.get_job_info(job_id)).status.is_terminal():
-        await asyncio.sleep(POLL_S)
+async def _ask_for_info(client: Any, job_id: str) -> Any:
+    """Return what the cluster says of a job; a head that is started again takes a while to answer."""
+    deadline = time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            return client.get_job_info(job_id)
+        except (ConnectionError, RuntimeError, OSError) as error:
+            if time.monotonic() > deadline:
+                reason = str(error).splitlines()[0]
+                text = f"the cluster has not answered for {PATIENCE_S:.0f} s ({reason}); job {job_id} may go on"
+                raise RetryableError(f"{text}: see `ray job status {job_id}`, or submit again") from error
+            await asyncio.sleep(RECONNECT_S)
+
+
+def _job_end(info: Any) -> JobEnd:
+    """Return how a job ended; one that was stopped, killed or lost with its node may be submitted again."""
     if info.status == JobStatus.SUCCEEDED:
-        return 0
-    return int(info.driver_exit_code or 1)
+        return JobEnd(exit_status=0, is_stopped=False)
+    code = info.driver_exit_code
+    is_stopped = info.status == JobStatus.STOPPED
+    is_killed = code is None or code < 0 or code > 128
+    return JobEnd(exit_status=RETRYABLE_EXIT_CODE if is_stopped or is_killed else int(code), is_stopped=is_stopped)
 
 
 class _LogPrinter:

@@ -1,14 +1,17 @@
 """What submitting a step checks and shows, without a cluster."""
 
 import shlex
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from ray.job_submission import JobStatus
 
 from ray_ds import submit
-from ray_ds.errors import ClusterError, ConfigError
+from ray_ds.errors import ClusterError, ConfigError, RetryableError
 from ray_ds.recipe import load_recipe
-from ray_ds.submit import JobRequest, check_overrides, job_client, submit_step
+from ray_ds.submit import JobEnd, JobRequest, check_overrides, job_client, submit_step
 
 PROJECT = Path(__file__).parent.parent
 
@@ -34,7 +37,8 @@ def test_the_job_is_the_stages_module_with_absolute_paths(monkeypatch: pytest.Mo
     words = shlex.split(str(client.job["entrypoint"]))
     assert words[:3] == ["python", "-m", "jobs.clean_text"]
     assert words[3:] == ["--recipe", "jobs/recipes/demo.toml", "--root", "/data", "--step", "clean", override]
-    assert client.job["runtime_env"] == {"working_dir": str(PROJECT)}
+    grace = {"RAY_JOB_STOP_WAIT_TIME_S": "60"}
+    assert client.job["runtime_env"] == {"working_dir": str(PROJECT), "env_vars": grace}
 
 
 def test_a_folder_without_jobs_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -103,3 +107,69 @@ def test_a_bar_words_the_figures_of_training_and_leaves_others_as_they_are() -> 
     assert submit._words(f"{fields} lr=0.001 grad_norm=1") == words
     assert submit._words('documents=12 last="a b" kept=0.5') == 'documents=12, last="a b", kept=0.5'
     assert submit._words("") == ""
+
+
+@dataclass
+class Info:
+    """What the cluster says of a job."""
+
+    status: JobStatus
+    driver_exit_code: int | None = None
+
+
+@pytest.mark.parametrize(
+    ("info", "exit_status", "is_stopped"),
+    [
+        (Info(JobStatus.SUCCEEDED, 0), 0, False),
+        (Info(JobStatus.FAILED, 1), 1, False),
+        (Info(JobStatus.FAILED, 2), 2, False),
+        (Info(JobStatus.FAILED, 75), 75, False),
+        (Info(JobStatus.FAILED, -9), 75, False),  # killed
+        (Info(JobStatus.FAILED, 137), 75, False),  # killed below a shell
+        (Info(JobStatus.FAILED), 75, False),  # lost with its node
+        (Info(JobStatus.STOPPED), 75, True),
+    ],
+)
+def test_exit_status_tells_finished_retryable_and_fatal(info: Info, exit_status: int, is_stopped: bool) -> None:
+    client = FollowedClient([info])
+    assert submit.follow_job(client, "job-1") == JobEnd(exit_status=exit_status, is_stopped=is_stopped)
+
+
+class FollowedClient:
+    """Answers with one thing after the other; what is an exception it raises."""
+
+    def __init__(self, answers: list[Info | Exception], logs: list[list[str]] | None = None) -> None:
+        self.answers, self.logs = answers, logs or []
+
+    def get_job_info(self, _: str) -> Info:
+        answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    async def tail_job_logs(self, _: str) -> AsyncIterator[str]:
+        for text in self.logs.pop(0) if self.logs else ():
+            if text == "broken":
+                raise ConnectionError("the head is gone")
+            yield text
+
+
+def test_a_head_that_comes_back_is_followed_again(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(submit, "RECONNECT_S", 0.01)
+    monkeypatch.setattr(submit, "POLL_S", 0.01)
+    monkeypatch.setattr(submit, "END_WAIT_S", 0.02)
+    gone = ConnectionError("refused")
+    running, done = Info(JobStatus.RUNNING), Info(JobStatus.SUCCEEDED, 0)
+    client = FollowedClient([gone, gone, *[running] * 10, done], [["one\n", "broken"], ["one\ntwo\n"]])
+    assert submit.follow_job(client, "job-1").exit_status == 0
+    assert "two" in capsys.readouterr().out
+
+
+def test_a_cluster_that_stays_silent_is_retryable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(submit, "PATIENCE_S", 0.0)
+    with pytest.raises(
+        RetryableError, match=r"the cluster has not answered for 0 s \(refused\); job job-1 may go on: see"
+    ):
+        submit.follow_job(FollowedClient([ConnectionError("refused")]), "job-1")

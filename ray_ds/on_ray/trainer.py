@@ -12,7 +12,7 @@ import ray.train
 from ray.exceptions import RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.v2.api.exceptions import ControllerError
+from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
 from ray_ds import storage
 from ray_ds.errors import RetryableError, UserError
@@ -40,6 +40,8 @@ MALLOC_ENV = {
 """Makes glibc keep the memory of freed activations instead of giving it back and faulting it in again every layer."""
 LASTING = (UserError, FloatingPointError)
 """What another try would meet again: a mistake of the user, or a loss that is no number."""
+LOST = (ray.exceptions.RayError, OSError)
+"""What a worker meets when it, a node or the network is lost."""
 Report = Callable[[Mapping[str, float]], None]
 OnEvent = Callable[[Event], None]
 TrainLoop = Callable[[TrainTask, Host], TrainResult | Stopped]
@@ -130,6 +132,11 @@ def _result(outcome: "Future[ray.train.Result]") -> TrainResult:
             raise TrainingStopped(None) from None
         if isinstance(error.controller_failure, LASTING):
             raise error.controller_failure from error
+        raise
+    except WorkerGroupError as error:
+        causes = [getattr(failure, "_base_exc", failure) for failure in error.worker_failures.values()]
+        if any(isinstance(cause, LOST) for cause in causes):
+            raise RetryableError(f"workers were lost too often without a step in between: {error}") from error
         raise
     if isinstance(value, int):
         raise TrainingStopped(value)
