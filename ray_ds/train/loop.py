@@ -138,6 +138,7 @@ class TrainLoop:
         progress = Progress(
             step=self.step, cursor=self.cursor, records=self.metrics.records, bad_steps=self.bad_steps.count
         )
+        self.host.beat("keeping the state")
         with self.profiler.phase("keep"):
             is_safe = self.safekeeping.keep(progress, word, is_last=self.step == self.settings.num_steps)
         self._other_s = time.perf_counter() - started - self._step_s - self.safekeeping.snapshot_s
@@ -247,7 +248,7 @@ class TrainLoop:
         sums = torch.zeros(2, dtype=torch.float64, device=self.host.device)
         world = {"rank": self.host.rank, "world_size": self.host.world_size}
         for tokens, targets, _ in validation_batches(self.validation, self.settings, device=self.host.device, **world):
-            self.host.beat(f"step {self.step} validation")
+            self.host.beat("validation")
             sums[0] += self.engine.loss(tokens, targets)
             sums[1] += (targets >= 0).sum()
         dist.all_reduce(sums)

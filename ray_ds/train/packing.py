@@ -79,7 +79,8 @@ def _copy_from_gpu(copies: Sequence[tuple[Tensor, Tensor]]) -> torch.cuda.Event 
     with torch.cuda.stream(beside):
         for target, source in staged:
             target.copy_(source, non_blocking=True)
-            source.record_stream(beside)
+            if source.is_cuda:
+                source.record_stream(beside)
         copied.record(beside)
     return copied
 

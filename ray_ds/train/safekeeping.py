@@ -113,7 +113,10 @@ class Safekeeping:
     def _restore_checkpoint(self, commit: Commit) -> Progress:
         with CheckpointReader(self._root, commit) as reader:
             self._engine.load_state(reader)
-            return self._progress(commit.step, reader.extra, decode(reader.metrics()), source="storage")
+            progress = self._progress(commit.step, reader.extra, decode(reader.metrics()), source="storage")
+        if commit.passed_over and self._host.rank == 0:
+            log_event("went_back", step=commit.step, passed_over=list(commit.passed_over))
+        return progress
 
     def _choose(self) -> tuple[Commit | None, int | None]:
         """Return the newest checkpoint, and the step of a snapshot if that is newer; rank 0 looks, its word counts."""

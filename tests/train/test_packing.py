@@ -143,8 +143,11 @@ def test_pieces_on_a_gpu_are_copied_into_pinned_memory_that_is_used_again() -> N
     pieces = [Piece(name="w", kind="master", shape=(1000,), start=0, values=values)]
     state = EngineState(pieces=pieces, facts={})
     first = pack(state, step=1, rank=0, world_size=1, extra={})
+    values += 1  # at once: what was packed is the state before
+    first.wait()
     assert first.tensors["float32-00000"].is_pinned()
-    values += 1
+    assert torch.equal(first.tensors["float32-00000"], torch.arange(1000.0))
     second = pack(state, step=2, rank=0, world_size=1, extra={}, out=first)
+    second.wait()
     assert second.tensors["float32-00000"].data_ptr() == first.tensors["float32-00000"].data_ptr()
     assert torch.equal(PackedState([second]).read("w", "master", 0, 1000), torch.arange(1000.0) + 1)

