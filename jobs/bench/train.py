@@ -57,11 +57,13 @@ def main() -> None:
         for precision, stage in itertools.product(options.precisions, options.zero_stages):
             settings = make_settings(options, precision, stage, device)
             row = {"precision": precision, "zero_stage": stage, **run_ours(Path(folder), settings, options)}
-            if not options.no_peers:
-                row |= run_peer(bare_deepspeed, settings, options)
-                row |= run_peer(bare_loop, settings, options) if precision == "bf16" else {}
-            rows.append(row)
             print(format_row(row), flush=True)
+            peers: list[Bare] = [] if options.no_peers else [bare_deepspeed]
+            peers += [bare_loop] if peers and precision == "bf16" else []
+            for peer in peers:
+                row |= run_peer(peer, settings, options)
+                print(format_peer(row, peer.__name__), flush=True)
+            rows.append(row)
     settings = make_settings(options, "bf16", 1, device)
     config = settings.model.resolve(options.vocab_size, options.seq_len)
     name = torch.cuda.get_device_name() if device == "cuda" else f"{device}, {options.threads} threads"
@@ -175,14 +177,14 @@ def format_row(row: Mapping[str, Any]) -> str:
     line = (
         f"{row['precision']}  ZeRO {row['zero_stage']}  {row['tokens_per_s']:10,.0f} tokens/s  {mfu}  {losses}  {scale}"
     )
-    for peer in ("bare_deepspeed", "bare_loop"):
-        if f"{peer}_tokens_per_s" in row:
-            over = row["tokens_per_s"] / row[f"{peer}_tokens_per_s"]
-            line += (
-                f"\n    {peer.replace('_', ' '):16} {row[f'{peer}_tokens_per_s']:10,.0f} tokens/s  ours is {over:.1%}"
-            )
     stalls = [f"{key} {row[key]:.1%}" for key in row if key.endswith("_of_a_step")]
     return "\n    ".join([line, *stalls])
+
+
+def format_peer(row: Mapping[str, Any], name: str) -> str:
+    """Return a line of the table."""
+    peer = row[f"{name}_tokens_per_s"]
+    return f"    {name.replace('_', ' '):16} {peer:10,.0f} tokens/s  ours is {row['tokens_per_s'] / peer:.1%}"
 
 
 Bare = Callable[[TrainSettings, argparse.Namespace], float]
