@@ -20,8 +20,8 @@ from ray_ds.on_ray.keepers import KeeperFleet, Keepers
 from ray_ds.on_ray.session import connect
 from ray_ds.train.host import Part
 
-ROUNDS = 3
-"""Snapshots of a size; the first warms up, the medians of the others count."""
+WARM_UP, ROUNDS = 2, 3
+"""Snapshots of a size until keepers use their memory again, and those whose medians count."""
 TENSORS = 4
 """Tensors of a part."""
 
@@ -80,20 +80,21 @@ def measure(sizes: Sequence[int]) -> list[dict[str, float]]:
         _Process.options(scheduling_strategy=place).remote(run_id, rank, nodes) for rank, place in enumerate(places)
     ]
     try:
-        return [{"megabytes": size / 1e6, **_measure(processes, size)} for size in sizes]
+        return [{"megabytes": size / 1e6, **_measure(fleet, processes, size)} for size in sizes]
     finally:
         fleet.shutdown()
 
 
-def _measure(processes: Sequence[Any], size: int) -> dict[str, float]:
+def _measure(fleet: KeeperFleet, processes: Sequence[Any], size: int) -> dict[str, float]:
     """Return the figures of a snapshot of two parts of a size, of the slower process."""
     rows = []
-    for _ in range(ROUNDS):
+    for _ in range(WARM_UP + ROUNDS):
         step = time.time_ns()
         both = ray.get([process.put.remote(step, size) for process in processes])
         worst = {name: max(row[name] for row in both) for name in both[0]}
         rows.append({**worst, "fetch_s": ray.get(processes[0].fetch.remote(step))})
-    return {name: statistics.median(row[name] for row in rows[1:]) for name in rows[0]}
+        fleet.refresh()
+    return {name: statistics.median(row[name] for row in rows[WARM_UP:]) for name in rows[0]}
 
 
 def main() -> None:
