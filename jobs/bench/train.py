@@ -17,6 +17,7 @@ import argparse
 import itertools
 import json
 import os
+import shutil
 import statistics
 import tempfile
 import time
@@ -88,6 +89,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--checkpoint-every", type=int, help="steps; default: only at the end")
     parser.add_argument("--no-peers", action="store_true", help="leave the bare loops out")
+    parser.add_argument("--profile", metavar="FOLDER", help="keep a profile of two steps there")
     parser.add_argument("--verbose", action="store_true", help="show the worker's output")
     return parser.parse_args()
 
@@ -110,6 +112,8 @@ def make_settings(options: argparse.Namespace, precision: str, stage: int, devic
         "threads_per_worker": options.threads,
         "max_failures": 0,
     }
+    if options.profile:
+        raw["profile_steps"] = [options.steps - 3, options.steps - 2]
     return decode_settings(TrainSettings, raw, where="bench")
 
 
@@ -143,6 +147,8 @@ def run_ours(folder: Path, settings: TrainSettings, options: argparse.Namespace)
             train_on_ray(task, work=f"{run}/work/ray_train", on_report=lambda _: None)
             seconds = time.monotonic() - started
             records = decode((Path(run) / "metrics.jsonl").read_text())
+            if options.profile:
+                shutil.copytree(Path(run) / "profile", options.profile, dirs_exist_ok=True)
     finally:
         ray.shutdown()
     return {**summarize(records), "seconds": seconds}
