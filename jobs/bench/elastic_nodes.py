@@ -62,7 +62,8 @@ class Nodes:
     def daemons(self) -> list[int]:
         """Return the process ids of the head's control store and of all raylets."""
         head = self._cluster.head_node.all_processes
-        return [head["gcs_server"][0].process.pid, *(self._raylet(node_id).pid for node_id in self.alive())]
+        own = [head[name][0].process.pid for name in ("gcs_server", "raylet")]
+        return [*own, *(self._raylet(node_id).pid for node_id in self.alive())]
 
 
 @contextmanager

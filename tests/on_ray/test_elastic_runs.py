@@ -101,7 +101,7 @@ def test_workers_that_die_without_coming_further_end_the_run(cluster: Cluster, t
 
     bring_to(cluster, 1)
     run = Run(tmp_path, num_workers=1, loop=fail, max_failures=2)
-    run.thread.join(100)
+    run.thread.join(200)
     assert isinstance(run.error, WorkerGroupError)
     assert [event.facts["in_a_row"] for event in run.events if event.kind == "workers_lost"] == [1, 2, 3]
 
@@ -133,5 +133,5 @@ def test_stock_scaling_is_ray_trains_own(cluster: Cluster, tmp_path: Path) -> No
     ours = make_task(tmp_path, make_settings(num_workers=[1, 2]))
     assert type(trainer._make_trainer(ours, str(tmp_path), "name", None, None)) is ElasticTorchTrainer
     run = Run(tmp_path, scaling="stock", steps=5)
-    run.thread.join(100)
+    run.thread.join(200)
     assert run.result is not None and run.steps == [1, 2, 3, 4, 5]
