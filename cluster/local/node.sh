@@ -107,13 +107,13 @@ case "$command" in
   add)
     name=$(add "$name")
     flock -u 9
-    wait_until_joined "$name" 90
+    wait_until_joined "$name" 150
     echo "$name"
     ;;
   start)
     start "$name"
     flock -u 9
-    wait_until_joined "$name" 90
+    wait_until_joined "$name" 150
     ;;
   kill) need_known "$name"; kill_node "$name" ;;
   drain) drain "$name" "${3:-30}" ;;

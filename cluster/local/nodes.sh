@@ -71,12 +71,15 @@ start_worker() {   # NAME: run a worker; folders of its own, as on a machine of 
   start_node "$1" --address="$head_address:$gcs_port" --num-cpus="${RAY_DS_WORKER_CPUS:-$worker_cpus}" --temp-dir="$temp/$1"
 }
 
-wait_until_joined() {   # NAME SECONDS
-  local end=$((SECONDS + $2))
-  until grep -q "Ray runtime started" "$state/$1.log"; do
-    if [ "$SECONDS" -ge "$end" ] || [ -z "$(group_of "$1")" ]; then
-      echo "the node $1 did not come up (it had $2 s); the end of $state/$1.log:" >&2
-      tail -n 20 "$state/$1.log" >&2
+wait_until_joined() {   # NAME SECONDS: a worker that gives up (Ray has a fixed 30 s, few for a host at full load) is started again
+  local end=$((SECONDS + $2)) name=$1
+  until grep -q "Ray runtime started" "$state/$name.log"; do
+    if [ -z "$(group_of "$name")" ] && [ "$name" != head ] && [ "$SECONDS" -lt "$end" ] && grep -q "timed out during startup" "$state/$name.log"; then
+      kill_node "$name"
+      start_worker "$name"
+    elif [ "$SECONDS" -ge "$end" ] || [ -z "$(group_of "$name")" ]; then
+      echo "the node $name did not come up (it had $2 s); the end of $state/$name.log:" >&2
+      tail -n 20 "$state/$name.log" >&2
       return 1
     fi
     sleep 0.1

@@ -49,7 +49,7 @@ write_settings flavour store network subnet gcs_port dashboard_host dashboard_po
   ray python temp >"$state/settings"
 : >"$state/processes"
 printf '%s\n' "head $head_address" "worker-1 $subnet.3" "worker-2 $subnet.4" >"$state/nodes"
-trap 'echo "up.sh: the cluster did not come up; see $state/*.log" >&2; "$here/down.sh"' ERR
+trap 'if [ "$?" != 0 ]; then echo "up.sh: the cluster did not come up; see $state/*.log" >&2; "$here/down.sh"; fi' EXIT
 
 "$python" -c 'import secrets; print(secrets.token_hex(32), end="")' >"$state/token"
 cat >"$state/env" <<ENV
@@ -66,6 +66,6 @@ prepare_store "$store" "$subnet.1"
 if [ "$flavour" = netns ]; then for name in head worker-1 worker-2; do plug_in "$name"; done; fi
 start_head
 for name in worker-1 worker-2; do start_worker "$name"; done
-wait_for_port "$dashboard_host" "$dashboard_port" 90 "$state/head.log" "$(recorded_group head)"
-for name in head worker-1 worker-2; do wait_until_joined "$name" 90; done
+wait_for_port "$dashboard_host" "$dashboard_port" 150 "$state/head.log" "$(recorded_group head)"
+for name in head worker-1 worker-2; do wait_until_joined "$name" 150; done
 echo "the local cluster is up: 3 nodes, dashboard http://$dashboard_host:$dashboard_port; use it from a shell with: . $state/env"

@@ -120,8 +120,8 @@ def read_environment(file: Path) -> dict[str, str]:
     return {**base, "PATH": f"{BIN}:{os.environ['PATH']}", **{key: value for key, value in lines}}
 
 
-def start_cluster(state: Path, ports: Sequence[int]) -> dict[str, str]:
-    """Start the local cluster with its own state folder and ports; return the environment of its clients."""
+def start_cluster(state: Path, ports: Sequence[int], **settings: str) -> dict[str, str]:
+    """Start the local cluster with its own state folder, ports and settings; return the environment of its clients."""
     base = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     environment = {
         **base,
@@ -129,6 +129,7 @@ def start_cluster(state: Path, ports: Sequence[int]) -> dict[str, str]:
         "RAY_DS_CLUSTER_DIR": str(state),
         "RAY_DS_GCS_PORT": str(ports[0]),
         "RAY_DS_DASHBOARD_PORT": str(ports[1]),
+        **settings,
     }
     subprocess.run(
         [PROJECT / "cluster/local/up.sh"], env=environment, check=True, timeout=240, capture_output=True, text=True

@@ -50,11 +50,10 @@ else:
 
 @pytest.mark.shows("The head is killed and started again over Redis or Ray's RocksDB store: actors and jobs are kept")
 @pytest.mark.parametrize("store", ["redis", "rocksdb"])
-def test_nodes_actors_and_jobs_outlive_the_head(store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nodes_actors_and_jobs_outlive_the_head(store: str, tmp_path: Path) -> None:
     if store == "redis":
         assert shutil.which("redis-server"), "install Debian's redis-server"
-    monkeypatch.setenv("RAY_DS_GCS_STORE", store)
-    environment = start_cluster(tmp_path / "cluster", free_ports(2))
+    environment = start_cluster(tmp_path / "cluster", free_ports(2), RAY_DS_GCS_STORE=store)
     submit = [BIN / "ray", "job", "submit", "--submission-id", "before", "--", "python", "-c", "print(1)"]
     try:
         subprocess.run(submit, env=environment, check=True, capture_output=True, timeout=90)

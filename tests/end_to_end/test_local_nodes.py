@@ -174,12 +174,10 @@ def test_without_a_cluster_there_are_no_nodes(tmp_path: Path) -> None:
         ("RAY_DS_GCS_STORE", "RAY_DS_GCS_STORE (cloud) must be memory, redis or rocksdb"),
     ],
 )
-def test_an_unknown_kind_of_cluster_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, message: str
-) -> None:
-    environment = {**os.environ, "RAY_DS_CLUSTER_DIR": str(tmp_path / "cluster"), name: "cloud"}
-    refused = subprocess.run([PROJECT / "cluster/local/up.sh"], env=environment, capture_output=True, text=True)
-    assert refused.returncode == 2 and message in refused.stderr
+def test_an_unknown_kind_of_cluster_is_refused(tmp_path: Path, name: str, message: str) -> None:
+    with pytest.raises(subprocess.CalledProcessError) as error:
+        start_cluster(tmp_path / "cluster", free_ports(2), **{name: "cloud"})
+    assert error.value.returncode == 2 and message in error.value.stderr
     assert not (tmp_path / "cluster/processes").exists()
 
 
@@ -195,16 +193,15 @@ def may_make_networks() -> bool:
 
 
 def test_nodes_in_network_namespaces_have_addresses_of_their_own_and_are_cut_off(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
-    monkeypatch.setenv("RAY_DS_LOCAL_FLAVOUR", "netns")
     before = networks()
     if not may_make_networks():
         with pytest.raises(subprocess.CalledProcessError) as error:
-            start_cluster(tmp_path / "cluster", free_ports(2))
+            start_cluster(tmp_path / "cluster", free_ports(2), RAY_DS_LOCAL_FLAVOUR="netns")
         assert "needs root that may make network namespaces" in error.value.stderr
         return
-    environment = start_cluster(tmp_path / "cluster", free_ports(2))
+    environment = start_cluster(tmp_path / "cluster", free_ports(2), RAY_DS_LOCAL_FLAVOUR="netns")
     try:
         found = drive(
             environment,
