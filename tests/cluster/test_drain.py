@@ -69,10 +69,10 @@ def give_notice(server: ThreadingHTTPServer, seconds: float) -> None:
     server.notice = end.strftime("%Y-%m-%dT%H:%M:%SZ")  # type: ignore[attr-defined]
 
 
-def watch(cloud: str, server: ThreadingHTTPServer, environment: dict[str, str]) -> "subprocess.Popen[str]":
+def watch(server: ThreadingHTTPServer, environment: dict[str, str], *arguments: str) -> "subprocess.Popen[str]":
     """Start the watcher."""
     address = f"http://127.0.0.1:{server.server_address[1]}"
-    command = [sys.executable, str(SCRIPT), cloud]
+    command = [sys.executable, str(SCRIPT), *arguments]
     return subprocess.Popen(
         command, env={**environment, "RAY_DS_METADATA_URL": address}, text=True, stdout=subprocess.PIPE
     )
@@ -84,19 +84,19 @@ def test_the_clouds_notices_are_read(
 ) -> None:
     (tmp_path / "ray").write_text(f'#!/bin/sh\necho "$@" >"{tmp_path}/called"\n')
     (tmp_path / "ray").chmod(0o755)
-    watcher = watch(cloud, metadata, {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"})
+    watcher = watch(metadata, {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}, cloud)
     time.sleep(0.7)
     assert watcher.poll() is None and not (tmp_path / "called").exists()
     give_notice(metadata, 119)
     assert watcher.wait(10) == 0
     words = (tmp_path / "called").read_text().split()
-    assert words[:3] == ["drain-node", "--reason", "DRAIN_NODE_REASON_PREEMPTION"]
+    assert words[:3] == ["drain-node", "--reason", "DRAIN_NODE_REASON_PREEMPTION"] and "--node-id" not in words
     assert low <= int(words[-1]) <= high
 
 
 def test_an_unknown_cloud_is_refused() -> None:
     result = subprocess.run([sys.executable, str(SCRIPT), "azure"], capture_output=True, text=True)
-    assert result.returncode == 2 and "must be aws or gcp" in result.stderr
+    assert result.returncode == 2 and "must be aws or gcp, and a node's id or none" in result.stderr
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +158,7 @@ def test_a_cloud_s_notice_drains_this_node_and_no_other(
     held = work.options(resources={"spot": 0.1}).remote(str(tmp_path / "started"), 600.0)
     eventually("the work runs", (tmp_path / "started").exists, timeout_s=60)
     give_notice(metadata, 120)
-    watcher = watch("aws", metadata, {**cluster.environment(), "RAY_ADDRESS": cluster.address})
+    watcher = watch(metadata, {**cluster.environment(), "RAY_ADDRESS": cluster.address}, "aws", node_id)
     assert watcher.wait(60) == 0
     assert set(eventually("it drains", draining, timeout_s=10)) == {node_id}
     assert process.poll() is None  # nobody ends it: the work has the time that the cloud gives
