@@ -23,6 +23,14 @@ def resources(path: Path) -> list[dict[str, Any]]:
     return [document for document in yaml.safe_load_all(path.read_text()) if document is not None]
 
 
+def pod_templates(resource: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Return a resource's cluster and the pod templates in it, the head's first."""
+    spec = resource["spec"]
+    cluster = spec.get("rayClusterSpec") or spec.get("rayClusterConfig") or spec
+    groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+    return cluster, [group["template"] for group in groups]
+
+
 def instructions() -> list[tuple[str, str]]:
     """Return the Dockerfile's instructions, such as `("COPY", "jobs /opt/ray_ds/jobs")`, with lines joined."""
     lines = [line for line in DOCKERFILE.read_text().splitlines() if line and not line.startswith("#")]

@@ -137,7 +137,7 @@ def draining() -> dict[str, int]:
 def test_sigterm_drains_the_node_and_spares_its_work(cluster: RayProcesses, tmp_path: Path) -> None:
     process = cluster.start_worker("pod", '--resources={"pod": 1}', num_cpus=1)
     node_id = eventually("the node joins", lambda: node_with("pod"), timeout_s=60)
-    result = work.options(resources={"pod": 0.1}).remote(str(tmp_path / "started"), 8.0)
+    result = work.options(resources={"pod": 0.1}).remote(str(tmp_path / "started"), 5.0)
     eventually("the work runs", (tmp_path / "started").exists, timeout_s=60)
     os.kill(process.pid, signal.SIGTERM)
     deadline_ms = eventually("it drains", draining, timeout_s=10)[node_id]

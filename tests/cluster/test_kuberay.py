@@ -13,7 +13,7 @@ from jobs import run_recipe
 from ray_ds.config.serve import ServeSettings
 from ray_ds.config.settings import decode_settings
 from ray_ds.recipe import load_recipe
-from tests.cluster.cluster_files import CLUSTER, PROJECT, resources
+from tests.cluster.cluster_files import CLUSTER, PROJECT, pod_templates, resources
 from tests.cluster.kuberay_schema import complaints
 
 FOLDER = CLUSTER / "kuberay"
@@ -25,14 +25,6 @@ def load(name: str) -> dict[str, Any]:
     """Return the one resource of a file."""
     (resource,) = resources(FOLDER / name)
     return resource
-
-
-def pod_templates(resource: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Return a resource's cluster and the pod templates in it, the head's first."""
-    spec = resource["spec"]
-    cluster = spec.get("rayClusterSpec") or spec.get("rayClusterConfig") or spec
-    groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
-    return cluster, [group["template"] for group in groups]
 
 
 def test_nothing_is_missing() -> None:

@@ -8,8 +8,7 @@ import sys
 
 import pytest
 
-from tests.cluster.cluster_files import CLUSTER, instructions, resources, shared_settings
-from tests.cluster.test_kuberay import pod_templates
+from tests.cluster.cluster_files import CLUSTER, instructions, pod_templates, resources, shared_settings
 
 HEALTH = {name: value for name, value in shared_settings().items() if name.startswith("RAY_health_check_")}
 
