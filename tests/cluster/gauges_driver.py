@@ -8,27 +8,10 @@ import sys
 import time
 
 import ray
-from ray.util.metrics import Gauge
 
-NAMES = (
-    "loss",
-    "validation_loss",
-    "lr",
-    "grad_norm",
-    "tokens_per_s",
-    "mfu",
-    "goodput",
-    "lost_s",
-    "restarts",
-    "max_violation",
-    "memory_bytes",
-    "step",
-    "tokens",
-    "world_size",
-    "loss_scale",
-    "checkpoint_s",
-)
-"""What training measures, in Prometheus `ray_ds_train_` and then these: Ray puts `ray_` before a gauge's name."""
+from ray_ds.on_ray.gauges import TrainGauges
+from ray_ds.train.metrics import FIELDS
+
 BAD = {"loss": math.nan, "goodput": 0.2, "max_violation": 5.0}
 """Of the run that has failed; Ray leaves out what is no number."""
 
@@ -45,16 +28,15 @@ class Idle:
 def main() -> None:
     """Set every gauge again and again."""
     ray.init(sys.argv[1], log_to_driver=False)
-    gauges = {name: Gauge(f"ds_train_{name}", description=name, tag_keys=("run",)) for name in NAMES}
+    good, bad = TrainGauges("good"), TrainGauges("bad")
     actor = Idle.remote()
     assert ray.get(actor.ready.remote())
     step = 0
     while True:
         step += 1
-        for position, name in enumerate(NAMES):
-            value = float(step) if name == "step" else 0.5 + position
-            gauges[name].set(value, tags={"run": "good"})
-            gauges[name].set(BAD.get(name, value), tags={"run": "bad"})
+        record = {**dict.fromkeys(FIELDS, 0.5), "step": float(step)}
+        good.show(record)
+        bad.show({**record, **BAD})
         time.sleep(0.5)
 
 

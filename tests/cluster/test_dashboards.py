@@ -19,8 +19,8 @@ from typing import Any
 import pytest
 import yaml
 
+from ray_ds.on_ray.gauges import GAUGES
 from tests.cluster.cluster_files import CLUSTER, PROJECT
-from tests.cluster.gauges_driver import NAMES
 from tests.cluster.ray_processes import BIN, RayProcesses, eventually, free_port
 
 FOLDER = CLUSTER / "dashboards"
@@ -61,7 +61,7 @@ def rule_expressions() -> list[str]:
 
 def test_every_training_metric_has_a_panel() -> None:
     found = {name for expression in expressions("training.json") for name in OWN.findall(expression)}
-    assert found == {f"ray_ds_train_{name}" for name in NAMES}
+    assert found == set(GAUGES)
     in_rules = {name for expression in rule_expressions() for name in OWN.findall(expression)}
     assert in_rules <= found
 
@@ -163,7 +163,7 @@ def query(cluster: tuple[RayProcesses, str]) -> Iterator[Callable[[str], list[An
         def is_ready() -> bool:
             assert process.poll() is None, Path(folder, "log").read_text()
             try:
-                return bool(ask(f'ray_ds_train_{NAMES[-1]}{{run="good"}}'))
+                return bool(ask(f'{GAUGES[-1]}{{run="good"}}'))
             except urllib.error.URLError:
                 return False
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from ray_ds.errors import RETRYABLE_EXIT_CODE, USER_ERROR_EXIT_CODE
 from tests.cluster.cluster_files import CLUSTER
 
 SCRIPT = str(CLUSTER / "image" / "ray-ds-until-final")
@@ -27,7 +28,14 @@ def runs(tmp_path: Path) -> int:
 
 @pytest.mark.parametrize(
     ("statuses", "status", "times"),
-    [((0,), 0, 1), ((2,), 2, 1), ((1, 0), 0, 2), ((1, 2), 2, 2), ((137, 1, 75, 9), 75, 3)],
+    [
+        ((0,), 0, 1),
+        ((1,), 1, 1),
+        ((USER_ERROR_EXIT_CODE,), USER_ERROR_EXIT_CODE, 1),
+        ((RETRYABLE_EXIT_CODE, 0), 0, 2),
+        ((RETRYABLE_EXIT_CODE, USER_ERROR_EXIT_CODE), USER_ERROR_EXIT_CODE, 2),
+        ((137, RETRYABLE_EXIT_CODE, 139, 0), 139, 3),
+    ],
 )
 def test_what_is_tried_again(tmp_path: Path, statuses: tuple[int, ...], status: int, times: int) -> None:
     environment = {**os.environ, "RAY_DS_RETRY_PAUSE_S": "0"}
@@ -36,13 +44,13 @@ def test_what_is_tried_again(tmp_path: Path, statuses: tuple[int, ...], status: 
 
 
 def test_a_stop_is_no_failure_to_mend(tmp_path: Path) -> None:
-    worker = ["bash", "-c", f'trap "exit 143" TERM; echo run >>"{tmp_path}/runs"; sleep 30 & wait; exit 1']
+    worker = ["bash", "-c", f'trap "exit 75" TERM; echo run >>"{tmp_path}/runs"; sleep 30 & wait; exit 1']
     environment = {**os.environ, "RAY_DS_RETRY_PAUSE_S": "0"}
     process = subprocess.Popen([SCRIPT, "3", *worker], env=environment, start_new_session=True)
     while not (tmp_path / "runs").exists():
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGTERM)  # as `ray job stop` does: the script and what it runs
-    assert process.wait(10) == 143
+    assert process.wait(10) == RETRYABLE_EXIT_CODE
     assert runs(tmp_path) == 1
 
 
