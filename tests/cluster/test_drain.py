@@ -136,9 +136,9 @@ def draining() -> dict[str, int]:
 @pytest.mark.shows("A pod or node that gets SIGTERM drains: its work ends first, no new work comes, then it leaves")
 def test_sigterm_drains_the_node_and_spares_its_work(cluster: RayProcesses, tmp_path: Path) -> None:
     process = cluster.start_worker("pod", '--resources={"pod": 1}', num_cpus=1)
-    node_id = eventually("the node joins", lambda: node_with("pod"), timeout_s=60)
+    node_id = eventually("the node joins", lambda: node_with("pod"), timeout_s=120)
     result = work.options(resources={"pod": 0.1}).remote(str(tmp_path / "started"), 5.0)
-    eventually("the work runs", (tmp_path / "started").exists, timeout_s=60)
+    eventually("the work runs", (tmp_path / "started").exists, timeout_s=120)
     os.kill(process.pid, signal.SIGTERM)
     deadline_ms = eventually("it drains", draining, timeout_s=10)[node_id]
     assert abs(deadline_ms / 1000 - time.time() - DRAIN_S) < 6
@@ -154,9 +154,9 @@ def test_a_cloud_s_notice_drains_this_node_and_no_other(
     cluster: RayProcesses, metadata: ThreadingHTTPServer, tmp_path: Path
 ) -> None:
     process = cluster.start_worker("spot", '--resources={"spot": 1}', num_cpus=1)
-    node_id = eventually("the node joins", lambda: node_with("spot"), timeout_s=60)
+    node_id = eventually("the node joins", lambda: node_with("spot"), timeout_s=120)
     held = work.options(resources={"spot": 0.1}).remote(str(tmp_path / "started"), 600.0)
-    eventually("the work runs", (tmp_path / "started").exists, timeout_s=60)
+    eventually("the work runs", (tmp_path / "started").exists, timeout_s=120)
     give_notice(metadata, 120)
     watcher = watch(metadata, {**cluster.environment(), "RAY_ADDRESS": cluster.address}, "aws", node_id)
     assert watcher.wait(60) == 0

@@ -19,7 +19,6 @@ def load(flavour: str) -> dict[str, Any]:
     return config
 
 
-@pytest.mark.shows("The files for `ray up` on AWS, GCP and machines of your own fit Ray's schema")
 @pytest.mark.parametrize("flavour", FLAVOURS)
 def test_files_fit_ray_s_schema(flavour: str) -> None:
     prepared = prepare_config(load(flavour))
