@@ -16,6 +16,7 @@ which costs the same as real text in a dense model; the loss goes down to the en
 import argparse
 import itertools
 import json
+import math
 import os
 import shutil
 import statistics
@@ -87,6 +88,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--zero-stages", nargs="+", type=int, default=[1, 2, 3], choices=[0, 1, 2, 3])
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--snapshot-every", type=int, default=0, help="steps; default: none, as the bare loops")
     parser.add_argument("--checkpoint-every", type=int, help="steps; default: only at the end")
     parser.add_argument("--no-peers", action="store_true", help="leave the bare loops out")
     parser.add_argument("--profile", metavar="FOLDER", help="keep a profile of two steps there")
@@ -111,6 +113,7 @@ def make_settings(options: argparse.Namespace, precision: str, stage: int, devic
         "device": device,
         "threads_per_worker": options.threads,
         "max_failures": 0,
+        "snapshot_every": options.snapshot_every,
     }
     if options.profile:
         raw["profile_steps"] = [options.steps - 3, options.steps - 2]
@@ -202,14 +205,19 @@ def run_peer(peer: Bare, settings: TrainSettings, options: argparse.Namespace) -
     results = context.SimpleQueue()
     process = context.Process(target=_run_peer, args=(peer, settings, options, results))
     process.start()
+    figure: float = results.get()
+    process.kill()  # NCCL may hang at the end of a process
     process.join()
-    assert process.exitcode == 0, f"{peer.__name__} failed"
-    return {f"{peer.__name__}_tokens_per_s": results.get()}
+    return {f"{peer.__name__}_tokens_per_s": figure}
 
 
 def _run_peer(peer: Bare, settings: TrainSettings, options: argparse.Namespace, results: Any) -> None:
     torch.set_num_threads(options.threads)
-    results.put(peer(settings, options))
+    try:
+        results.put(peer(settings, options))
+    except BaseException:
+        results.put(math.nan)
+        raise
 
 
 def rows_of_step(settings: TrainSettings, options: argparse.Namespace) -> list[tuple[Tensor, Tensor]]:

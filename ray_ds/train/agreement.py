@@ -29,8 +29,8 @@ class Word:
     """The most memory it has had."""
 
 
-def agree(loss_sum: Tensor, word: Word) -> tuple[float, Word]:
-    """Return the sum of all processes' losses and their common word, the same on each; all call this together.
+class Agreement:
+    """The processes' words on their way to each other; all processes make and read it together.
 
     One collective of eight numbers a process. The losses are added in fp64 in the order of the ranks, so the result
     does not depend on how a library reduces.
@@ -38,19 +38,24 @@ def agree(loss_sum: Tensor, word: Word) -> tuple[float, Word]:
     Args:
         loss_sum: fp64 scalar on the device of the process group, summed over this process's micro-batches.
     """
-    fields = torch.tensor([float(value) for value in astuple(word)], dtype=torch.double)
-    mine = torch.cat([loss_sum.reshape(1), fields.to(loss_sum.device, non_blocking=True)])  # (8,)
-    words = torch.empty(dist.get_world_size() * len(mine), dtype=torch.double, device=loss_sum.device)
-    dist.all_gather_into_tensor(words, mine)
-    rows = words.view(-1, len(mine)).tolist()  # waits for the device, once a step
-    losses, requests, failures, sendings, steps, stalls, others, memories = zip(*rows, strict=True)
-    common = Word(
-        request=Request(int(max(requests))),
-        has_failed=any(failures),
-        is_sending=any(sendings),
-        step_s=max(steps),
-        stall_s=max(stalls),
-        other_s=max(others),
-        memory_bytes=int(max(memories)),
-    )
-    return sum(losses), common
+
+    def __init__(self, loss_sum: Tensor, word: Word) -> None:
+        fields = torch.tensor([float(value) for value in astuple(word)], dtype=torch.double)
+        mine = torch.cat([loss_sum.reshape(1), fields.to(loss_sum.device, non_blocking=True)])  # (8,)
+        self._words = torch.empty(dist.get_world_size() * len(mine), dtype=torch.double, device=loss_sum.device)
+        dist.all_gather_into_tensor(self._words, mine)
+
+    def read(self) -> tuple[float, Word]:
+        """Return the sum of all losses and the common word, the same on each process; waits for the device."""
+        rows = self._words.view(dist.get_world_size(), -1).tolist()
+        losses, requests, failures, sendings, steps, stalls, others, memories = zip(*rows, strict=True)
+        common = Word(
+            request=Request(int(max(requests))),
+            has_failed=any(failures),
+            is_sending=any(sendings),
+            step_s=max(steps),
+            stall_s=max(stalls),
+            other_s=max(others),
+            memory_bytes=int(max(memories)),
+        )
+        return sum(losses), common

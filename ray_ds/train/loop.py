@@ -1,5 +1,6 @@
 """The training loop, one process's part of it. It knows DeepSpeed by `Engine` and Ray only by `Host`."""
 
+import math
 import time
 import warnings
 from contextlib import closing
@@ -16,7 +17,7 @@ from ray_ds.logs import log_event
 from ray_ds.model.balance import expert_load, reset_expert_load, update_router_bias
 from ray_ds.model.decoder import Decoder
 from ray_ds.model.initial import init_weights
-from ray_ds.train.agreement import Word, agree
+from ray_ds.train.agreement import Agreement, Word
 from ray_ds.train.bad_steps import BadSteps
 from ray_ds.train.batches import Batches, open_split, validation_batches
 from ray_ds.train.checkpoints import METRICS
@@ -40,7 +41,7 @@ from ray_ds.train.schedule import lr_factor
 from ray_ds.train.task import Stopped, TrainResult, TrainTask
 from ray_ds.train.tracker_kinds import TrackedRun
 from ray_ds.train.trackers import Trackers
-from ray_ds.train.zero.engine import Engine
+from ray_ds.train.zero.engine import Engine, StepResult
 
 ATTEMPTS = "attempts.jsonl"
 PROFILE = "profile"
@@ -130,9 +131,10 @@ class TrainLoop:
         started = time.perf_counter()
         number = self.step + 1
         with self.profiler.step(number):
-            loss_sum, word = agree(self._forward_backward(number), self._word())
-            if not self._update(number, loss_sum / self.settings.batch_tokens, word, started):
-                return False
+            agreement = Agreement(self._forward_backward(number), self._word())
+            word = self._update(number, agreement, started)
+        if word is None:
+            return False
         self._step_s = time.perf_counter() - started
         self._validate_and_show()
         progress = Progress(
@@ -168,44 +170,60 @@ class TrainLoop:
         self.host.beat(f"step {number} gradients")
         return loss_sum
 
-    def _update(self, number: int, loss: float, word: Word, started: float) -> bool:
-        """Update the weights and record the step; tell whether the step was done, which a roll back undoes."""
-        reason = self.bad_steps.judge(loss)
+    def _update(self, number: int, agreement: Agreement, started: float) -> Word | None:
+        """Update the weights and make the step's record; return the common word, or None where it was rolled back."""
         factor = lr_factor(self.step, self.settings.num_steps, self.settings.schedule)
-        figures: dict[str, float | int | bool] = {"loss": loss, "lr": self.settings.optimizer.lr * factor}
+        result: StepResult | None = None
         with self.profiler.phase("optimizer"):
-            if reason is None:
+            if self.settings.bad_loss == "fail":  # a bad step is the last, so the device need not wait for the verdict
                 result = self.engine.step(factor)
-                figures["grad_norm"] = result.grad_norm
-                if self.settings.precision == "fp16":
-                    figures |= {"loss_scale": result.loss_scale, "is_skipped": result.is_skipped}
-                elif result.is_skipped:  # DeepSpeed drops such a gradient too; no smaller loss scale mends the next
-                    reason = "the gradient is no number"
-            else:
+            loss_sum, word = agreement.read()
+            loss = loss_sum / self.settings.batch_tokens
+            reason = self.bad_steps.judge(loss)
+            if reason is not None and result is None:
                 self.engine.skip_step()
+            elif result is None:
+                result = self.engine.step(factor)
             load = self._take_expert_load()
+        is_fp16 = self.settings.precision == "fp16"
+        if reason is None and result is not None and result.is_skipped and not is_fp16:
+            reason = "the gradient is no number"  # DeepSpeed drops it too; no smaller loss scale mends the next one
         if reason is not None:
             self.bad_steps.add(number, reason)
             log_event("bad_step", step=number, cursor=self.cursor, reason=reason, action=self.settings.bad_loss)
             if self.settings.bad_loss == "roll_back":
                 self._roll_back()
-                return False
-            figures |= {"is_skipped": True, "grad_norm": figures.get("grad_norm", float("nan"))}
-        elif load.numel():
-            assert self.settings.router_bias_speed is not None, "settings fill it in for a model with experts"
-            update_router_bias(self.decoder, load, self.settings.router_bias_speed)
-            figures |= load_figures(load)
+                return None
+        figures: dict[str, float | int | bool] = {"loss": loss, "lr": self.settings.optimizer.lr * factor}
+        if reason is not None or result is None:
+            figures |= {"grad_norm": math.nan, "is_skipped": True}
+        else:
+            figures["grad_norm"] = result.grad_norm
+            if is_fp16:
+                figures |= {"loss_scale": result.loss_scale, "is_skipped": result.is_skipped}
+            figures |= self._balance_experts(load)
         self.step, self.cursor = self.step + 1, self.cursor + 1
-        seconds = time.perf_counter() - started
+        self._record = self._make_record(figures, word, time.perf_counter() - started)
+        return word
+
+    def _make_record(self, figures: Record, word: Word, seconds: float) -> Record:
+        """Return all that is known of a step that was just done."""
         stalls = {"checkpoint_s": self.safekeeping.checkpoint_s, "snapshot_s": self.safekeeping.snapshot_s}
-        self._record = {
+        return {
             **self._work.figures(self.step, seconds),
             **figures,
             **{name: value for name, value in stalls.items() if value},
             "memory_bytes": word.memory_bytes,
             **self.goodput.count(seconds, now=time.time(), is_skipped=bool(figures.get("is_skipped"))),
         }
-        return True
+
+    def _balance_experts(self, load: Tensor) -> dict[str, float]:
+        """Move the routers' biases by the load of all processes; return its figures."""
+        if not load.numel():
+            return {}
+        assert self.settings.router_bias_speed is not None, "settings fill it in for a model with experts"
+        update_router_bias(self.decoder, load, self.settings.router_bias_speed)
+        return load_figures(load)
 
     def _take_expert_load(self) -> Tensor:
         """Return tokens by expert of all processes, (MoE layers, E) or empty, and start counting anew."""

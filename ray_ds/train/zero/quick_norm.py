@@ -1,0 +1,44 @@
+"""DeepSpeed's look at the gradient before a step, in few kernels.
+
+DeepSpeed 0.19.8 asks each parameter's gradient for its largest and smallest element, then for its norm: five kernels a
+parameter, launched one by one while the GPU has nothing else to do. A gradient that is no number has a norm that is
+none, which DeepSpeed looks at too (stage_1_and_2.py `step`), so the norm alone tells; and all norms of a group come in
+one call. fp16 keeps DeepSpeed's way, for its loss scale hangs on it. Held by tests/train/zero/test_quick_norm.py.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from torch import Tensor
+
+
+def use_quick_norm(optimizer: Any) -> bool:
+    """Replace the two methods on a ZeRO 1 or 2 optimizer that is not of fp16; tell whether it was one."""
+    if type(optimizer) is not DeepSpeedZeroOptimizer or optimizer.dtype == torch.float16:
+        return False
+
+    def norm_of(gradients: Iterable[Tensor], params: Any, norm_type: int = 2) -> Tensor:
+        """Return the norm of all processes' gradients of a group."""
+        return group_norm(gradients, optimizer.dp_process_group, optimizer.device)
+
+    def leave_it_to_the_norm(partition_gradients: bool = True) -> None:
+        """Scan nothing."""
+
+    optimizer.get_grad_norm_direct = norm_of
+    optimizer.check_overflow = leave_it_to_the_norm
+    return True
+
+
+def group_norm(gradients: Iterable[Tensor], group: Any, device: torch.device) -> Tensor:
+    """Return the L2 norm, fp32, of the gradients that the processes of a group hold together.
+
+    What DeepSpeed marks as padding is left out.
+    """
+    own = [gradient for gradient in gradients if not getattr(gradient, "_zero_padding", False)]
+    squares = torch.zeros((), dtype=torch.float32, device=device)
+    if own:
+        squares = torch.stack(torch._foreach_norm(own, 2, dtype=torch.float32)).square().sum()
+    torch.distributed.all_reduce(squares, group=group)
+    return squares.sqrt()

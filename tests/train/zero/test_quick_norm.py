@@ -1,0 +1,74 @@
+"""The quick look at the gradient: the same norms, and bad gradients still stop a step."""
+
+import inspect
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing as multiprocessing
+
+from tests.train.runs import VOCAB_SIZE, make_settings
+
+
+def test_deepspeed_still_looks_at_the_norm() -> None:
+    """The contract: names, and that an invalid norm counts as overflow where gradients are not scanned."""
+    import deepspeed
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+    source = inspect.getsource(DeepSpeedZeroOptimizer.step)
+    version = f"DeepSpeed {deepspeed.__version__}"
+    assert "self.check_overflow(partition_gradients=" in source, version
+    assert "is_invalid_grad_norm(scaled_global_grad_norm)" in source and "self.overflow = True" in source, version
+    parameters = list(inspect.signature(DeepSpeedZeroOptimizer.get_grad_norm_direct).parameters)
+    assert parameters == ["self", "gradients", "params", "norm_type"], version
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", [1, 2])
+def test_norms_are_deepspeeds_and_a_gradient_that_is_no_number_changes_nothing(
+    tmp_path: Path, stage: int, precision: str
+) -> None:
+    os.environ |= {"DS_ACCELERATOR": "cpu", "TORCHDYNAMO_DISABLE": "1"}
+    multiprocessing.spawn(compare, (str(tmp_path / "store"), stage, precision), nprocs=2)
+
+
+def compare(rank: int, store: str, stage: int, precision: str) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    from ray_ds.model.decoder import Decoder
+    from ray_ds.model.initial import init_weights
+    from ray_ds.train.zero.engine import Engine
+
+    settings = make_settings(zero_stage=stage, precision=precision)
+    decoder = Decoder(settings.model.resolve(VOCAB_SIZE, settings.seq_len))
+    init_weights(decoder, 0)
+    engine = Engine(decoder, settings, device=torch.device("cpu"), world_size=2)
+    optimizer: Any = engine._engine.optimizer
+    rows = torch.randint(VOCAB_SIZE, (4, 17), generator=torch.Generator().manual_seed(rank))
+
+    def run(factor: float) -> Any:
+        for _ in range(2):
+            engine.forward_backward(rows[:, :-1], rows[:, 1:])
+        if factor != 1.0:
+            for gradients in optimizer.averaged_gradients.values():
+                if gradients and rank == 1:  # one process's gradient is enough
+                    gradients[0].mul_(factor)
+        slow = [
+            type(optimizer).get_grad_norm_direct(optimizer, gradients, optimizer.params_in_partition[group])
+            for group, gradients in optimizer.averaged_gradients.items()
+        ]
+        return torch.stack(slow).norm(), engine.step(1.0)
+
+    expected, result = run(1.0)
+    torch.testing.assert_close(torch.tensor(result.grad_norm), expected, rtol=1e-5, atol=0)
+    before = {name: value.clone() for name, value in decoder.state_dict().items()}
+    _, result = run(float("nan"))
+    assert result.is_skipped
+    assert all(torch.equal(value, before[name]) for name, value in decoder.state_dict().items())
+    assert not run(1.0)[1].is_skipped
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
