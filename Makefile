@@ -10,10 +10,10 @@ export RAY_DS_CLUSTER_DIR ?= $(CURDIR)/.cluster
 unexport PYTHONPATH PYTHONHOME
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test soak check fmt bench up down clean
+.PHONY: help setup demo demo-elastic test soak check fmt bench up down clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(VENV)/.installed  ## install exact versions into .venv and build DeepSpeed's CPU communication op
 
@@ -28,7 +28,10 @@ demo: up  ## raw text to a served INT8 model: runs the recipe as Ray jobs on a l
 	@source $(RAY_DS_CLUSTER_DIR)/env && ray-ds sample-text runs/sample_text && ray-ds run $(RECIPE)
 	@echo "cluster and endpoint stay up; ask with: ray-ds generate 'In the beginning'; stop with: make down"
 
-test: setup  ## run all tests
+demo-elastic: up  ## train while nodes are killed, join and drain, and once undisturbed; compare the loss curves
+	@source $(RAY_DS_CLUSTER_DIR)/env && python -m jobs.bench.demo_elastic
+
+test: setup  ## run all tests (needs redis-server, prometheus, iproute2: .ci/install-tools)
 	python -m pytest
 
 soak: setup  ## run the long kill-and-resume tests
