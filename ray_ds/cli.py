@@ -22,6 +22,7 @@ from ray_ds.logs import log_event, setup_logging
 from ray_ds.recipe import Recipe, Step, load_recipe
 from ray_ds.stage_table import STAGES, load_object
 from ray_ds.steps import find_finished, prepare_run
+from ray_ds.verify.options import add_options
 
 
 class _Parser(argparse.ArgumentParser):
@@ -44,6 +45,13 @@ def run_stage(stage: str) -> NoReturn:
 def run_all() -> NoReturn:
     """Run every unfinished step of a recipe in one job, in order, and exit like `main`."""
     sys.exit(_guard(_run_all))
+
+
+def run_verify() -> NoReturn:
+    """Run the checks of `ray-ds verify` in this job and exit: 0 nothing is wrong, 1 something is, 2 bad arguments."""
+    status = _guard(lambda: int(load_object("ray_ds.verify.job:run")(sys.argv[1:])))
+    load_object("ray_ds.verify.job:end")(status)
+    raise AssertionError("unreachable")
 
 
 def _run_all() -> int:
@@ -104,6 +112,8 @@ def argument_parser() -> argparse.ArgumentParser:
     generate.add_argument("--max-tokens", type=int, default=64, help="tokens to generate (default %(default)s)")
     generate.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
     generate.add_argument("--seed", type=int, default=0, help="of the sampling (default %(default)s)")
+    verify = commands.add_parser("verify", help="check a cluster, as a job of at most 15 minutes, and write a report")
+    add_options(verify)
     sample = commands.add_parser("sample-text", help="write real text from installed packages as jsonl.gz")
     sample.add_argument("folder")
     return parser
@@ -124,7 +134,7 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
 
 def _dispatch(arguments: Sequence[str]) -> int:
     options, rest = argument_parser().parse_known_args(arguments)
-    if options.command not in ("trace", "generate", "sample-text"):
+    if options.command not in ("trace", "generate", "verify", "sample-text"):
         options.root = str(Path(options.root or os.getcwd()).resolve())
     elif rest:
         raise ConfigError("arguments", rest[0], "must fit the usage", f"see ray-ds {options.command} --help")
@@ -217,6 +227,11 @@ def _generate_command(options: argparse.Namespace, _: Sequence[str]) -> int:
     return _print_lines([answer])
 
 
+def _verify_command(options: argparse.Namespace, _: Sequence[str]) -> int:
+    submit: Callable[[argparse.Namespace], int] = load_object("ray_ds.verify.submission:submit")
+    return submit(options)
+
+
 def _sample_text_command(options: argparse.Namespace, _: Sequence[str]) -> int:
     load_object("ray_ds.data.sample_text:write_sample_text")(str(Path(options.folder).resolve()))
     return 0
@@ -229,5 +244,6 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace, Sequence[str]], int]] = {
     "show": _show_command,
     "trace": _trace_command,
     "generate": _generate_command,
+    "verify": _verify_command,
     "sample-text": _sample_text_command,
 }

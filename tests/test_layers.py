@@ -30,6 +30,7 @@ FLOORS = {
     "report": 5,
     "submit": 5,
     "pipeline": 5,
+    "verify": 5,
     "cli": 5,
 }
 SIDEWAYS = {
@@ -48,7 +49,7 @@ SIDEWAYS = {
     ("data", "tokenizer"),
 }
 PLACES = {
-    "ray": ("on_ray/", "stages/", "submit.py"),
+    "ray": ("on_ray/", "stages/", "submit.py", "verify/"),
     "deepspeed": ("train/zero/",),
     "fastapi": ("serve/http/",),
 }
