@@ -21,7 +21,7 @@ CHECKS: tuple[Check, ...] = (
     Check(name="storage", run=check_storage, limit_s=150, shows="every node writes and reads in the run directory"),
     Check(name="collectives", run=check_collectives, limit_s=240, shows="process groups over all nodes and GPUs"),
     Check(name="data", run=check_data, limit_s=240, shows="clean and tokenize give the same bytes on any CPUs"),
-    Check(name="training", run=check_training, limit_s=300, shows="the same losses with any number of workers"),
+    Check(name="training", run=check_training, limit_s=400, shows="the same losses with any number of workers"),
     Check(name="kill", run=check_kill, limit_s=180, shows="training goes on when a worker is killed"),
     Check(name="join", run=check_join, limit_s=180, shows="training grows when there is more room"),
     Check(name="serving", run=check_serving, limit_s=210, shows="a model answers and scales to two replicas"),
