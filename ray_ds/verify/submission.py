@@ -37,7 +37,7 @@ def submit(given: argparse.Namespace) -> int:
         runtime_env={"working_dir": str(here)},
         metadata={"step": "verify", "stage": "verify"},
     )
-    return follow_job(client, job_id)
+    return follow_job(client, job_id).exit_status
 
 
 def job_command(options: VerifyOptions) -> str:
