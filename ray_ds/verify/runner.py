@@ -81,9 +81,11 @@ def _guarded(check: Check, context: Context) -> Finding:
         return check.run(context)
     except UserError as error:
         problem = Problem(wrong=f"{error.field} ({error.value}) {error.allowed}", action=error.action)
+        trace = traceback.format_exc()
     except BaseException as error:
         problem = Problem(wrong=f"the check broke off: {headline(error)}", action="see its trace in report.json")
-    return Finding(name=check.name, outcome="failed", problems=(problem,), trace=traceback.format_exc())
+        trace = traceback.format_exc()
+    return Finding(name=check.name, outcome="failed", problems=(problem,), trace=trace)
 
 
 def _hung(check: Check, thread: threading.Thread, limit_s: float) -> Finding:
