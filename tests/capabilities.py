@@ -1,4 +1,4 @@
-"""The README's table of capabilities, made from the tests marked `shows`: `python -m tests.capabilities` writes it.
+"""The table of capabilities, made from the tests marked `shows`: `python -m tests.capabilities` writes it.
 
 A test says `@pytest.mark.shows("what a user can rely on")`; the table has a row a sentence, with the tests behind it.
 """
@@ -8,9 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 TESTS = Path(__file__).parent
-README = TESTS.parent / "README.md"
-BEGIN = "<!-- capabilities: written by `python -m tests.capabilities` -->"
-END = "<!-- end of capabilities -->"
+TABLE = TESTS / "CAPABILITIES.md"
+HEAD = """# What you can rely on
+
+Each line is shown by a test of `make test`. Written by `python -m tests.capabilities`.
+"""
 
 
 def marked_tests() -> Iterator[tuple[str, str]]:
@@ -35,15 +37,8 @@ def table() -> str:
         if path not in files.setdefault(sentence, []):
             files[sentence].append(path)
     rows = [f"| {sentence} | {', '.join(f'`{path}`' for path in paths)} |" for sentence, paths in files.items()]
-    return "\n".join([BEGIN, "| what you can rely on | shown by |", "|---|---|", *rows, END])
-
-
-def with_table(readme: str) -> str:
-    """Return the README's text with the table as it should be."""
-    before, _, rest = readme.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return before + table() + after
+    return "\n".join([HEAD, "| what you can rely on | shown by |", "|---|---|", *rows, ""])
 
 
 if __name__ == "__main__":
-    README.write_text(with_table(README.read_text()))
+    TABLE.write_text(table())

@@ -60,6 +60,7 @@ def train(task: TrainTask, host: Host) -> TrainResult | Stopped:
         while loop.step < task.settings.num_steps:
             if loop.run_step():
                 host.safe(loop.step)
+                loop.store()
                 return Stopped(step=loop.step)
         return loop.finish()
 
@@ -137,14 +138,20 @@ class TrainLoop:
             return False
         self._step_s = time.perf_counter() - started
         self._validate_and_show()
-        progress = Progress(
-            step=self.step, cursor=self.cursor, records=self.metrics.records, bad_steps=self.bad_steps.count
-        )
         self.host.beat("keeping the state")
         with self.profiler.phase("keep"):
-            is_safe = self.safekeeping.keep(progress, word, is_last=self.step == self.settings.num_steps)
+            is_safe = self.safekeeping.keep(self._progress(), word, is_last=self.step == self.settings.num_steps)
         self._other_s = time.perf_counter() - started - self._step_s - self.safekeeping.snapshot_s
         return is_safe
+
+    def store(self) -> None:
+        """Bring the state to storage, for training will not go on here: what is in memory ends with the job."""
+        self.safekeeping.store(self._progress())
+
+    def _progress(self) -> Progress:
+        return Progress(
+            step=self.step, cursor=self.cursor, records=self.metrics.records, bad_steps=self.bad_steps.count
+        )
 
     def _word(self) -> Word:
         """Return what this process has to say in a step, of the step before."""

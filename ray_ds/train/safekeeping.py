@@ -198,6 +198,12 @@ class Safekeeping:
             self._writer.wait()
         return True
 
+    def store(self, progress: Progress) -> None:
+        """Write a checkpoint of this step unless there is one, and wait for it."""
+        if self._written != progress.step:
+            self._checkpoint(progress)
+        self._writer.wait()
+
     def finish(self) -> None:
         """Wait for the checkpoint that is being written."""
         self._writer.wait()
