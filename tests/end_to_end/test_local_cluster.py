@@ -37,7 +37,8 @@ def test_up_twice_is_one_cluster_and_down_ends_it(tmp_path: Path) -> None:
             [PROJECT / "cluster/local/up.sh"], env=environment, capture_output=True, text=True, check=True
         )
         assert "is up" in again.stdout and processes(state) == groups
-        temporary = Path((state / "temp").read_text().strip())
+        settings = dict(line.split("=", 1) for line in (state / "settings").read_text().splitlines())
+        temporary = Path(settings["temp"])
         assert temporary.exists()
         subprocess.run([PROJECT / "cluster/local/down.sh"], env=environment, check=True, capture_output=True)
         assert members(groups) == []
