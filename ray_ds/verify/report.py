@@ -1,8 +1,10 @@
 """The report of a verification: a line as each check ends, `report.json` and `report.md`."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from typing import Any
 
 from pydantic import JsonValue
 
@@ -54,11 +56,20 @@ def write_report(context: Context, findings: Sequence[Finding], facts: Mapping[s
         **facts,
         "findings": [asdict(finding) for finding in findings],
     }
-    data = json.dumps(content, indent=1, ensure_ascii=False, default=str).encode()
+    data = json.dumps(_finite(content), indent=1, ensure_ascii=False, allow_nan=False).encode()
     storage.write_bytes(storage.join(context.folder, "report.json"), data + b"\n")
     page = storage.join(context.folder, "report.md")
     storage.write_bytes(page, "\n".join(_page(context, findings)).encode() + b"\n")
     return page
+
+
+def _finite(value: Any) -> Any:
+    """Return JSON values with those floats as words that JSON cannot write: inf, nan."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _page(context: Context, findings: Sequence[Finding]) -> list[str]:

@@ -1,5 +1,6 @@
 """The tiny training that checks run on the cluster as the train stage does, and comparing its loss curves."""
 
+import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -139,10 +140,14 @@ def _train(
 
 
 def largest_difference(first: Sequence[Record], second: Sequence[Record]) -> float:
-    """Return the largest relative difference of two runs' losses; infinite where their steps are not the same."""
-    if [record["step"] for record in first] != [record["step"] for record in second]:
+    """Return the largest relative difference of two runs' losses.
+
+    It is infinite where their steps are not the same, and no number where a loss is none, which `max` would pass over.
+    """
+    if not first or [record["step"] for record in first] != [record["step"] for record in second]:
         return float("inf")
-    return max((abs(b["loss"] / a["loss"] - 1) for a, b in zip(first, second, strict=True)), default=float("inf"))
+    differences = [abs(b["loss"] / a["loss"] - 1) for a, b in zip(first, second, strict=True)]
+    return float("nan") if any(math.isnan(difference) for difference in differences) else max(differences)
 
 
 def judge_losses(differences: Mapping[str, float], against: str) -> list[Problem]:

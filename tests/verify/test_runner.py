@@ -138,6 +138,14 @@ def test_the_reports_files_say_what_is_wrong_and_what_to_do(tmp_path: Path) -> N
     assert "Traceback" in text
 
 
+def test_the_report_is_json_also_where_a_figure_is_no_number(tmp_path: Path) -> None:
+    finding = judged("one", {"difference": float("inf"), "by_run": {"a": float("nan")}}, [])
+    write_report(make_context(tmp_path), [finding], {})
+    text = (tmp_path / "verify/one/report.json").read_text()
+    figures = json.loads(text, parse_constant=lambda word: pytest.fail(word))["findings"][0]["figures"]
+    assert figures == {"difference": "inf", "by_run": {"a": "nan"}}
+
+
 def test_lines_for_a_terminal(tmp_path: Path) -> None:
     good, absent, bad = some_findings(make_context(tmp_path))
     assert finding_lines(good)[0].startswith("ok      good") and finding_lines(good)[0].endswith("speed 1.5")

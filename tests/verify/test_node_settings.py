@@ -1,0 +1,69 @@
+"""How Ray was started is compared with what the files in cluster/ do."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from ray_ds.verify.context import ClusterNode
+from ray_ds.verify.node_settings import (
+    HEALTH_DEFAULTS,
+    HEALTH_GOOD,
+    STOP_WAIT_GOOD_S,
+    cut_off_s,
+    dead_s,
+    find_autoscaler,
+    health_settings,
+    judge_access,
+    judge_health,
+    judge_stop,
+)
+
+PROJECT = Path(__file__).parent.parent.parent
+NODES = (ClusterNode(node_id="a" * 56, address="10.0.0.7"), ClusterNode(node_id="b" * 56, address="127.0.0.1"))
+
+
+def test_the_advice_is_what_the_local_cluster_sets() -> None:
+    text = (PROJECT / "cluster/local/nodes.sh").read_text()
+    found = {name: int(value) for name, value in re.findall(r"RAY_(health_check_\w+):-(\d+)", text)}
+    assert found == HEALTH_GOOD
+    assert f"RAY_JOB_STOP_WAIT_TIME_S:-{STOP_WAIT_GOOD_S}" in text
+
+
+def test_settings_of_the_start_go_before_the_environment_and_that_before_rays_own() -> None:
+    environment = {"RAY_health_check_period_ms": "500", "RAY_health_check_timeout_ms": "700"}
+    health = health_settings({"health_check_period_ms": 100}, environment)
+    assert (health["health_check_period_ms"], health["health_check_timeout_ms"]) == (100, 700)
+    assert health["health_check_failure_threshold"] == HEALTH_DEFAULTS["health_check_failure_threshold"]
+
+
+def test_rays_own_settings_find_a_dead_node_late() -> None:
+    assert (dead_s(HEALTH_DEFAULTS), cut_off_s(HEALTH_DEFAULTS)) == (15.0, 65.0)
+    (advice,) = judge_health(HEALTH_DEFAULTS)
+    assert "a dead node is found after 15 s" in advice and "RAY_health_check_period_ms=500" in advice
+    assert judge_health(HEALTH_GOOD) == []
+
+
+def test_a_short_grace_is_advised_against() -> None:
+    assert judge_stop(60) == []
+    assert "kills after 3 s" in judge_stop(3)[0] and "RAY_JOB_STOP_WAIT_TIME_S=60" in judge_stop(3)[0]
+
+
+def test_a_cluster_that_anyone_may_use_is_a_problem() -> None:
+    (problem,) = judge_access("disabled", NODES)
+    assert "10.0.0.7" in problem.wrong and "127.0.0.1" not in problem.wrong and "RAY_AUTH_MODE=token" in problem.action
+    assert judge_access("token", NODES) == [] and judge_access("disabled", NODES[1:]) == []
+
+
+@pytest.mark.parametrize(
+    ("status", "found"),
+    [
+        ({}, "unknown"),
+        ({"autoscaler_report": {"active_nodes": {"node_" + "a" * 56: 1}}}, "none"),
+        ({"autoscaler_report": {"active_nodes": {"cpu-worker": 2, "head": 1}}}, "cpu-worker, head"),
+    ],
+)
+def test_who_adds_nodes_is_told(status: dict[str, object], found: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray.is_initialized", lambda: True)
+    monkeypatch.setattr("ray.nodes", lambda: [{"NodeID": node.node_id} for node in NODES])
+    assert find_autoscaler(status) == found
