@@ -88,7 +88,8 @@ def test_a_killed_node_is_found_dead_soon_and_a_stalled_one_is_not(cluster: dict
         cluster,
         """
 first = node_id("worker-2")
-child = ray.get(Child.options(scheduling_strategy=on(first)).remote().pid.remote())
+actor = Child.options(scheduling_strategy=on(first)).remote()  # kept, for Ray ends one that nobody refers to
+child = ray.get(actor.pid.remote())
 pids = process_ids("worker-2")
 for signum in (signal.SIGSTOP, signal.SIGCONT):
     for pid in pids:

@@ -15,8 +15,8 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 CHECKS = ["versions", "nodes", "settings", "storage", "collectives", "data", "training", "kill", "join", "serving"]
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(900)
-@pytest.mark.shows("`ray-ds verify` checks a cluster in minutes and says what is wrong and what to do")
 def test_a_sound_cluster_is_verified_and_nothing_but_the_report_stays(site: Site, tmp_path: Path) -> None:
     done = site.run(str(BIN / "ray-ds"), "verify", "--run_dir", str(tmp_path), timeout_s=880)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
@@ -52,6 +52,7 @@ def odd_node(site: Site, tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.shows("`ray-ds verify` names what is wrong with a cluster, on which node, and what to do")
 def test_what_is_planted_is_found_on_the_node_where_it_is(site: Site, odd_node: Path, tmp_path: Path) -> None:
     taken = tmp_path / "taken"
     taken.write_text("a file where the folder should be")
