@@ -199,6 +199,7 @@ def hang_once(config: dict[str, Any]) -> int:
         time.sleep(2 * PULSE_S)  # a process that stops earlier has not said yet that it has come so far
         stops_here(folder, config["kind"])
     if attempt == 1:
+        pulse.beat("step 3 gradients")  # as the loop does before it waits for the others
         waits_for_the_other()
     pulse.close()
     return attempt
