@@ -228,18 +228,3 @@ def delete_folder(folder: str) -> None:
     with failures_named(folder):
         if system.get_file_info(path).type == fs.FileType.Directory:
             system.delete_dir(path)
-
-
-def download(uri: str, folder: Path) -> Path:
-    """Return a local copy of a file, made in `folder` when `uri` is on an object store."""
-    if not is_remote(uri):
-        return local_path(uri)
-    target = folder / hashlib.sha256(uri.encode()).hexdigest()[:16] / PurePosixPath(uri).name
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-        with failures_named(str(target)), open(partial, "wb") as file:
-            for block in read_blocks(uri):
-                file.write(block)
-        os.replace(partial, target)
-    return target
