@@ -1,6 +1,6 @@
 """Faults while a checkpoint is written, by seed: kills, torn files, full disks, stores that refuse.
 
-After each of them loading gives the newest state bit by bit, or an older one and says so, or an `ArtifactError`; and
+After each of them loading gives the newest state bit by bit, or an older one and says so, or an error that says why; and
 the next checkpoint is written and read.
 """
 
@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from ray_ds import storage
-from ray_ds.errors import ArtifactError
+from ray_ds.errors import ArtifactError, StorageUnavailable
 from ray_ds.train import checkpoints
 from ray_ds.train.checkpoints import CheckpointWriter, tensor_file, writing
 from tests.train.object_store import ObjectStore, use_object_store
@@ -339,7 +339,8 @@ def test_an_operation_that_fails_costs_one_checkpoint_at_most(
         root, order = tmp_path / str(seed), random.Random(seed)
         writers = make_writers(root, 2)
         assert try_to_write(writers, OLD) == [True, True]
-        first, count = num_done + order.randint(1, 35), order.choice([1, 2, 5, 100])
+        # A checkpoint of two ranks takes 37 operations; it counts at the 31st, and what follows may fail too.
+        first, count = num_done + order.randint(1, 48), order.choice([1, 2, 5, 100])
         fails_at.update(range(first, first + count))
         counts = try_to_write(writers, NEW, timeout_s=1)
         fails_at.clear()
@@ -384,7 +385,7 @@ def test_a_store_that_refuses_to_be_read_gives_the_state_or_says_so(monkeypatch:
             found = checkpoints.find_latest(root)
             assert found is not None and (found.step, found.passed_over) == (NEW, ())
             assert_readable(root, found)
-        except ArtifactError as error:
+        except (ArtifactError, StorageUnavailable) as error:
             assert "503 SlowDown" in str(error)
             num_refused += 1
         accept(store)
