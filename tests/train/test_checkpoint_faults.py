@@ -1,7 +1,7 @@
 """Faults while a checkpoint is written, by seed: kills, torn files, full disks, stores that refuse.
 
-After each of them loading gives the newest state bit by bit, or an older one and says so, or an error that says why; and
-the next checkpoint is written and read.
+After each of them loading gives the newest state bit by bit, or an older one and says so, or an error that says why;
+and the next checkpoint is written and read.
 """
 
 import errno
