@@ -59,9 +59,9 @@ def raylet_pid(cluster: Cluster, node_id: str) -> int:
     return pid
 
 
-def wait_for(find: Callable[[], T | None]) -> T:
-    """Wait until something is found and return it; fail after a minute."""
-    deadline = time.monotonic() + 60
+def wait_for(find: Callable[[], T | None], *, timeout_s: float = 60) -> T:
+    """Wait until something is found and return it; fail when it takes too long."""
+    deadline = time.monotonic() + timeout_s
     while not (found := find()):
         assert time.monotonic() < deadline, "it did not happen in time"
         time.sleep(0.01)
