@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Change the nodes of the cluster that up.sh started (in $RAY_DS_CLUSTER_DIR, by default .cluster) while it runs:
 #
-#   node.sh list                  a line a node: NAME ADDRESS up|down RAY-NODE-ID
+#   node.sh list                  a line a node: NAME ADDRESS up|changing|down RAY-NODE-ID or -; changing: it starts or ends now
 #   node.sh add [NAME]            start one more worker at the next free address; prints its name once it has joined
 #   node.sh kill NAME             SIGKILL all its processes at once, those of its jobs too: the machine loses power
 #   node.sh start NAME            start a killed node again, at its old address
@@ -33,10 +33,13 @@ need_running() {   # NAME
 }
 
 list() {
-  local name address group
+  local name address group id
   while read -r name address; do
-    group=$(group_of "$name")
-    if [ -n "$group" ]; then echo "$name $address up $(node_id_of "$group")"; else echo "$name $address down -"; fi
+    group=$(group_of "$name") id=
+    if [ -n "$group" ]; then id=$(node_id_of "$group"); fi
+    if [ -n "$id" ]; then echo "$name $address up $id"
+    elif [ -n "$group" ]; then echo "$name $address changing -"
+    else echo "$name $address down -"; fi
   done <"$state/nodes"
 }
 

@@ -59,8 +59,8 @@ def main() -> None:
     notes: list[dict[str, Any]] = []
     if find_finished(recipe, elastic) is None:
         notes = run_disturbed(recipe)
-        start_again()
         (Path(recipe.run_dir) / "disturbances.json").write_text(json.dumps(notes))
+        start_again()
     else:
         print("the elastic run is finished; delete its artefact to disturb it again")
         notes = json.loads((Path(recipe.run_dir) / "disturbances.json").read_text())
@@ -91,11 +91,20 @@ def run_disturbed(recipe: Recipe) -> list[dict[str, Any]]:
 
 
 def start_again() -> None:
-    """Start the nodes that were taken down."""
-    for line in subprocess.run([NODE, "list"], capture_output=True, text=True, check=True).stdout.splitlines():
-        name, _, state, _ = line.split()
+    """Start the nodes that were taken down, once those that drained have ended."""
+    deadline = time.monotonic() + DRAIN_S
+    while "changing" in (states := node_states()).values() and time.monotonic() < deadline:
+        time.sleep(POLL_S)
+    for name, state in states.items():
         if state == "down":
             subprocess.run([NODE, "start", name], check=True)
+
+
+def node_states() -> dict[str, str]:
+    """Return up, changing or down by the node's name."""
+    listed = subprocess.run([NODE, "list"], capture_output=True, text=True, check=True).stdout
+    rows = (line.split() for line in listed.splitlines())
+    return {name: state for name, _, state, _ in rows}
 
 
 def show(recipe: Recipe, notes: Sequence[Mapping[str, Any]]) -> None:
