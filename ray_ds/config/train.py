@@ -138,7 +138,7 @@ class TrainSettings:
     """Whether torch.compile makes the model's kernels: slow to start, faster on a GPU."""
     device: Annotated[Literal["auto", "cpu", "cuda"], OUTPUT_UNCHANGED] = "auto"
     """What workers compute on; auto = cuda where the cluster has GPUs."""
-    num_workers: Annotated[PositiveInt | tuple[PositiveInt, PositiveInt], OUTPUT_UNCHANGED] = 1
+    num_workers: Annotated[int | tuple[int, int], OUTPUT_UNCHANGED] = 1
     """Processes, a number or `[min, max]` for as many as the cluster holds at the time; on cuda each has one GPU."""
     allowed_workers: Annotated[tuple[PositiveInt, ...] | None, OUTPUT_UNCHANGED] = None
     """Numbers of processes that may train, within `[min, max]`; absent = all of them."""
@@ -209,10 +209,16 @@ class TrainSettings:
 
     def _check_workers(self) -> None:
         """Want a range of workers that is one, and sizes that lie in it."""
+        given = list(self.worker_range) if self.is_elastic else self.num_workers
+        if self.min_workers < 1:
+            allowed = "must be 1 or more, a number or [min, max]"
+            raise ConfigError("num_workers", given, allowed, "raise it")
         if self.min_workers > self.max_workers:
-            raise ConfigError("num_workers", list(self.worker_range), "must be [min, max]", "swap them")
+            raise ConfigError("num_workers", given, "must be [min, max]", "swap them")
         if self.allowed_workers is None:
             return
+        if not self.allowed_workers:
+            raise ConfigError("allowed_workers", [], "must name a number of workers", "add one, or remove the setting")
         if not self.is_elastic:
             value = list(self.allowed_workers)
             raise ConfigError("allowed_workers", value, "has no effect with a fixed number of workers", "remove it")
