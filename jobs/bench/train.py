@@ -225,7 +225,7 @@ def rows_of_step(settings: TrainSettings, options: argparse.Namespace) -> list[t
     generator = torch.Generator().manual_seed(0)
     made = []
     for _ in range(settings.num_micro_batches):
-        rows = torch.randint(options.vocab_size, (options.micro_batch, options.seq_len + 1), generator=generator)
+        rows = torch.randint(options.vocab_size, (settings.micro_batch, settings.seq_len + 1), generator=generator)
         made.append((rows[:, :-1].to(settings.device), rows[:, 1:].to(settings.device)))
     return made
 
