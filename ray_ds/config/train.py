@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import pydantic
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from ray_ds.config.model import ModelSettings
+from ray_ds.config.model_settings import ModelSettings
 from ray_ds.config.settings import OUTPUT_UNCHANGED, fill_or_refuse, settings
 from ray_ds.errors import ConfigError
 
