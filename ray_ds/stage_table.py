@@ -43,6 +43,17 @@ STAGES: tuple[Stage, ...] = (
         sources="ray_ds.data.units:fingerprint_inputs",
     ),
     Stage(
+        name="import_hf",
+        job="import_model",
+        function="ray_ds.stages.import_hf:import_hf",
+        settings="ray_ds.config.import_hf:ImportSettings",
+        reads=(),
+        writes="Checkpoint",
+        version=1,
+        resources="one process",
+        sources="ray_ds.exchange.sources:fingerprint",
+    ),
+    Stage(
         name="tokenizer",
         job="train_tokenizer",
         function="ray_ds.stages.tokenizer:train_tokenizer",

@@ -69,7 +69,14 @@ def kind_of(config: ModelConfig) -> Kind:
 def write_llama(config: ModelConfig) -> dict[str, Any]:
     """Return the `config.json` of a dense model with grouped-query attention, all but its tokens and type."""
     kind = kind_of(config)
-    copied = (*SIZES, "num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings")
+    copied = (
+        *SIZES,
+        "num_key_value_heads",
+        "head_dim",
+        "max_position_embeddings",
+        "rms_norm_eps",
+        "tie_word_embeddings",
+    )
     values: dict[str, Any] = {name: getattr(config, name) for name in copied}
     if kind != "qwen2":
         values["attention_bias"] = False
