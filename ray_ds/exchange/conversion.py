@@ -94,22 +94,23 @@ def plan_conversion(config: ModelConfig, stored: Mapping[str, StoredTensor], fol
     if config.tie_word_embeddings and HEAD in stored:
         _check_copy(folder, HEAD, EMBEDDING, stored)
     for name, tensor in stored.items():
+        weight = name.removesuffix(SCALE_SUFFIX)
         is_known = name in wanted or name.endswith(TABLES) or (name == HEAD and config.tie_word_embeddings)
-        if not is_known and name.removesuffix(SCALE_SUFFIX) not in stored:
+        if not is_known and (weight == name or weight not in stored):
             raise _unfit(folder, name, str(tensor.shape), "must not be there: config.json has no place for it")
-        if name.endswith(SCALE_SUFFIX) and stored[name.removesuffix(SCALE_SUFFIX)].dtype != FP8:
-            raise _unfit(folder, name, "a scale", "must belong to a weight of type F8_E4M3")
+        if weight != name and stored[weight].dtype != FP8:
+            raise _unfit(folder, name, "a scale", f"must belong to a weight of type F8_E4M3, and {weight} is none")
     tensors: dict[str, StoredTensor] = {}
-    for name in sorted(wanted, key=list(stored).index if wanted.keys() <= stored.keys() else None):
-        tensor = stored.get(name) or stored.get(copies.get(name, ""))
-        if tensor is None or tensor.shape != wanted[name]:
-            found = "missing" if tensor is None else str(tensor.shape)
+    for name in [*(name for name in stored if name in wanted), *(name for name in wanted if name not in stored)]:
+        source = stored.get(name) or stored.get(copies.get(name, ""))
+        if source is None or source.shape != wanted[name]:
+            found = "missing" if source is None else str(source.shape)
             raise _unfit(folder, name, found, f"must have the shape {wanted[name]} of config.json")
-        if tensor.dtype == FP8:
-            check_scale(tensor, scales.get(name))
+        if source.dtype == FP8:
+            check_scale(source, scales.get(name))
         if name in copies and name in stored:
             _check_copy(folder, name, copies[name], stored)
-        tensors[name] = tensor
+        tensors[name] = source
     return Conversion(tensors=tensors, scales=scales)
 
 

@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ray_ds.errors import ArtifactError
-from ray_ds.model.checkpoint_folder import CONFIG_FILE, FP32_SUFFIX, INDEX_FILE, WEIGHTS_FILE, read_config, read_tensors
+from ray_ds.model.checkpoint_folder import CONFIG_FILE, FP32_SUFFIX, read_config, read_tensors
+from ray_ds.model.tensor_folder import INDEX_FILE, WEIGHTS_FILE
 from ray_ds.quantize.layout import SCALE_SUFFIX, is_quantized, quantization_config
 from ray_ds.quantize.scheme import dequantize_weight, quantize_weight
 from ray_ds.tokenizer_files import copy_tokenizer

@@ -59,7 +59,7 @@ def tokenize(settings: TokenizeSettings, run: StageRun) -> Artifact:
     counts = sum_counts(commit.facts for commit in commits)
     check_counts(counts, corpus, settings, run.step)
     copy_tokenizer(folder, run.uri)
-    facts = {
+    facts: dict[str, Any] = {
         "vocab_size": load_tokenizer(job.tokenizer_uri).vocab_size,
         "tokenizer_digest": tokenizer_digest,
         **counts,

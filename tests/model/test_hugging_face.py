@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from ray_ds.config.model import GQA_FIELDS, ModelConfig
+from ray_ds.config.model import EXPERT_FIELDS, GQA_FIELDS, ModelConfig
 from ray_ds.config.presets import PRESETS
 from ray_ds.errors import ArtifactError
 from ray_ds.model.checkpoint_folder import save_checkpoint_folder
@@ -24,7 +24,8 @@ GROUPED = dataclasses.replace(
     num_experts_per_tok=3,
     routed_scaling_factor=2.5,
 )
-DENSE = dataclasses.replace(PRESETS["tiny"], n_routed_experts=0, first_k_dense_replace=2)
+EXPERT_DEFAULTS = {f.name: f.default for f in dataclasses.fields(ModelConfig) if f.name in EXPERT_FIELDS}
+DENSE = dataclasses.replace(PRESETS["tiny"], **{**EXPERT_DEFAULTS, "n_routed_experts": 0, "first_k_dense_replace": 2})
 CASES = {
     "moe": GROUPED,
     "moe, compressed query": dataclasses.replace(GROUPED, q_lora_rank=24),

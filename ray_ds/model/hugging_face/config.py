@@ -32,7 +32,7 @@ def from_hf_config(values: Mapping[str, Any]) -> ModelConfig:
     Raises:
         ArtifactError: a field is missing, or asks for what this decoder does not do.
     """
-    kind = values.get("model_type")
+    kind = str(values.get("model_type"))
     if kind == OWN_KIND:
         return _read_own(values)
     if kind not in READERS:

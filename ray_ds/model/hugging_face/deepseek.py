@@ -29,7 +29,7 @@ def read_deepseek(fields: Fields, version: Version) -> ModelConfig:
     Raises:
         ArtifactError: a field is missing, or asks for what this decoder does not do.
     """
-    sizes = {name: fields.get(name, int) for name in SIZES}
+    sizes: dict[str, Any] = {name: fields.get(name, int) for name in SIZES}
     fields.must_be("hidden_act", "silu")
     fields.must_be("attention_bias", False)
     fields.must_be("mlp_bias", False)

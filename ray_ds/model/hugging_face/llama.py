@@ -23,7 +23,7 @@ def read_llama(fields: Fields, kind: Kind) -> ModelConfig:
     Raises:
         ArtifactError: a field is missing, or asks for what this decoder does not do.
     """
-    sizes = {name: fields.get(name, int) for name in SIZES}
+    sizes: dict[str, Any] = {name: fields.get(name, int) for name in SIZES}
     fields.must_be("hidden_act", "silu")
     # In Llama and Qwen3 this field gives a bias to the output too, which this decoder does not have.
     fields.must_be("attention_bias", False)
