@@ -257,7 +257,8 @@ def _import_command(options: argparse.Namespace, _: Sequence[str]) -> int:
     )
     given = {name: getattr(options, name) for name in ("source", "licence") if getattr(options, name) is not None}
     artifact = load_object("ray_ds.stages.import_hf:import_alone")(path, output, **given)
-    return _print_lines([artifact.uri, f'in a recipe: from = ["{artifact.uri}"]'])
+    # The folder comes last, for scripts: `$(ray-ds import ... | tail -1)`.
+    return _print_lines(["Name it in the `from` of a step, or give it to `ray-ds export`:", artifact.uri])
 
 
 def _export_command(options: argparse.Namespace, _: Sequence[str]) -> int:

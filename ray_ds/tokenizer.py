@@ -69,7 +69,7 @@ class BpeTokenizer:
         self._tokenizer = tokenizer
         self._token_bytes = _token_bytes(tokenizer)
         self.vocab_size = len(self._token_bytes)
-        self.special_ids = special_ids
+        self.marks = special_ids
         self.bos_id, self.eos_id, self.pad_id = special_ids.bos_id, special_ids.eos_ids[0], special_ids.pad_id
         self.stop_ids = frozenset((special_ids.bos_id, *special_ids.eos_ids))
         """The ids that end an answer: no document goes on behind them."""
@@ -88,7 +88,7 @@ class BpeTokenizer:
         An empty text is BOS, whatever the tokenizer, for a model must be given something.
         """
         ids = self.encode(text)
-        return [self.bos_id, *ids] if self.special_ids.adds_bos or not ids else ids
+        return [self.bos_id, *ids] if self.marks.adds_bos or not ids else ids
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of ids. Special tokens have none; bytes that are no UTF-8 become U+FFFD."""

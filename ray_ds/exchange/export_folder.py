@@ -9,7 +9,7 @@ from ray_ds import storage
 from ray_ds.artifacts import Artifact, Checkpoint
 from ray_ds.errors import ArtifactError, ConfigError
 from ray_ds.exchange.conversion import DTYPE_NAMES, plan_conversion
-from ray_ds.exchange.import_folder import write_json
+from ray_ds.exchange.import_folder import TOKEN_FIELDS, dtype_fields, write_json
 from ray_ds.exchange.sources import read_json
 from ray_ds.exchange.tokenizer import exported_files
 from ray_ds.model.hugging_face import check_expressible, from_hf_config, to_hf_config
@@ -48,8 +48,6 @@ def export_checkpoint(artifact: Artifact, target: str, *, dtype: Dtype | None, m
     for name, data in exported_files(source).items():
         storage.write_bytes(join(target, name), data)
     write_json(join(target, "generation_config.json"), read_json(join(source, "generation_config.json")))
-    tokens = {name: values.get(name) for name in ("bos_token_id", "eos_token_id")}
-    written = DTYPE_NAMES[conversion.main_dtype]
-    write_json(
-        join(target, "config.json"), {**to_hf_config(config, **tokens), "dtype": written, "torch_dtype": written}
-    )
+    tokens = {name: values.get(name) for name in TOKEN_FIELDS}
+    written = dtype_fields(DTYPE_NAMES[conversion.main_dtype])
+    write_json(join(target, "config.json"), {**to_hf_config(config), **tokens, **written})

@@ -21,6 +21,8 @@ from ray_ds.model.hugging_face.shapes import prediction_layers
 from ray_ds.model.tensor_folder import StoredTensor, list_tensors
 from ray_ds.storage import join
 
+TOKEN_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
 
 def import_folder(source: str, target: str, *, max_shard_bytes: int) -> dict[str, JsonValue]:
     """Write the folder of a model as a checkpoint's; return the artefact's facts.
@@ -44,16 +46,12 @@ def import_folder(source: str, target: str, *, max_shard_bytes: int) -> dict[str
     check_vocabulary(tokenizer, config, source)
     conversion = plan_conversion(config, stored, source)
     conversion.write(target, max_shard_bytes=max_shard_bytes)
-    ends = list(tokenizer.special_ids.eos_ids)
-    tokens: Any = {
-        "bos_token_id": tokenizer.special_ids.bos_id,
-        "eos_token_id": ends[0] if len(ends) == 1 else ends,
-    }
+    tokens = token_ids(values, tokenizer)
     dtype = DTYPE_NAMES[conversion.main_dtype]
     for name, data in tokenizer.files.items():
         storage.write_bytes(join(target, name), data)
     write_json(join(target, "generation_config.json"), generation or {"_from_model_config": True, **tokens})
-    write_json(join(target, "config.json"), {**to_hf_config(config, **tokens), "dtype": dtype, "torch_dtype": dtype})
+    write_json(join(target, "config.json"), {**to_hf_config(config), **tokens, **dtype_fields(dtype)})
     return {
         "family": str(values["model_type"]),
         "parameters": num_parameters(config),
@@ -74,6 +72,19 @@ def without_absent_prediction(config: ModelConfig, stored: Mapping[str, StoredTe
         return config
     log_event("prediction_modules_absent", asked=config.num_nextn_predict_layers)
     return dataclasses.replace(config, num_nextn_predict_layers=0)
+
+
+def token_ids(values: Mapping[str, Any], tokenizer: ImportedTokenizer) -> dict[str, Any]:
+    """Return the special tokens of a `config.json`: as they are, or the tokenizer's where it does not say."""
+    ends = list(tokenizer.special_ids.eos_ids)
+    own = {"bos_token_id": tokenizer.special_ids.bos_id, "eos_token_id": ends[0] if len(ends) == 1 else ends}
+    given = {name: values.get(name) for name in TOKEN_FIELDS if values.get(name) is not None}
+    return {"pad_token_id": None, **own, **given}
+
+
+def dtype_fields(dtype: str) -> dict[str, str]:
+    """Return the type of the weights under the name that transformers 5 reads, and the one that earlier ones read."""
+    return {"dtype": dtype, "torch_dtype": dtype}
 
 
 def check_vocabulary(tokenizer: ImportedTokenizer, config: ModelConfig, source: str) -> None:

@@ -12,7 +12,13 @@ from ray_ds.artifacts import make_digest
 from ray_ds.errors import ArtifactError
 from ray_ds.exchange.sources import read_json
 from ray_ds.tokenizer import OUR_SPECIAL_IDS, SPECIAL_TOKENS, BpeTokenizer, SpecialIds, find_problem, load_tokenizer
-from ray_ds.tokenizer_files import SPECIAL_IDS_FILE, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, TOKENIZER_FILES
+from ray_ds.tokenizer_files import (
+    CHAT_TEMPLATE_FILE,
+    SPECIAL_IDS_FILE,
+    TOKENIZER_CONFIG_FILE,
+    TOKENIZER_FILE,
+    TOKENIZER_FILES,
+)
 
 SPECIAL_TOKENS_FILE = "special_tokens_map.json"
 USE_FAST = "save it anew with transformers: AutoTokenizer.from_pretrained(PATH).save_pretrained(PATH)"
@@ -63,6 +69,9 @@ def read_tokenizer(folder: str, model: Mapping[str, Any], generation: Mapping[st
     problem = find_problem(text, special_ids)
     if problem:
         raise ArtifactError(uri, problem, "must be a byte-level BPE, as Llama 3, Qwen and DeepSeek have it", USE_FAST)
+    template = _embedded_template(folder)
+    if template is not None:
+        files.setdefault(CHAT_TEMPLATE_FILE, template.encode())
     files[SPECIAL_IDS_FILE] = json.dumps(asdict(special_ids), indent=1).encode() + b"\n"
     vocab_size = BpeTokenizer(tokenizer, special_ids).vocab_size
     return ImportedTokenizer(files=files, special_ids=special_ids, vocab_size=vocab_size)
@@ -93,6 +102,14 @@ def _find_special_ids(
     return SpecialIds(bos_id=start, eos_ids=tuple(ends), pad_id=pad, adds_bos=adds)
 
 
+def _embedded_template(folder: str) -> str | None:
+    """Return the chat template that a `tokenizer_config.json` holds, as folders had it before they had a file for it."""
+    found = read_json(storage.join(folder, TOKENIZER_CONFIG_FILE)).get("chat_template")
+    if isinstance(found, list):
+        found = next((entry["template"] for entry in found if entry.get("name") == "default"), None)
+    return found if isinstance(found, str) else None
+
+
 def _content(token: Any) -> str:
     """Return the text of a token, which is written plainly or as a table."""
     return str(token["content"] if isinstance(token, dict) else token)
@@ -111,7 +128,7 @@ def exported_files(folder: str) -> dict[str, bytes]:
         name for name in TOKENIZER_FILES if name != SPECIAL_IDS_FILE and storage.exists(storage.join(folder, name))
     ]
     files = {name: storage.read_bytes(storage.join(folder, name)) for name in names}
-    if tokenizer.special_ids is not OUR_SPECIAL_IDS:
+    if tokenizer.marks is not OUR_SPECIAL_IDS:
         return files
     content = json.loads(files[TOKENIZER_FILE])
     content["post_processor"] = _bos_before(SPECIAL_TOKENS[0], tokenizer.bos_id)

@@ -56,7 +56,9 @@ def quantize_folder(source: Path, target: Path, *, max_shard_bytes: int) -> Mode
     if len(shards) > 1:
         _write_json(target / INDEX_FILE, {"metadata": {"total_size": written}, "weight_map": weight_map})
     config = json.loads((source / CONFIG_FILE).read_text())
-    _write_json(target / CONFIG_FILE, {**config, "dtype": "bfloat16", "quantization_config": quantization_config()})
+    int8 = quantization_config(predicts_further=bool(config.get("num_nextn_predict_layers")))
+    config |= {name: "bfloat16" for name in ("dtype", "torch_dtype") if name in config}
+    _write_json(target / CONFIG_FILE, {**config, "quantization_config": int8})
     shutil.copyfile(source / GENERATION_CONFIG_FILE, target / GENERATION_CONFIG_FILE)
     copy_tokenizer(str(source.absolute()), str(target.absolute()))
     return ModelBytes(int8=written, bf16=sum(2 * tensor.numel() for tensor in tensors.values()))

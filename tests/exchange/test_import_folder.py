@@ -94,7 +94,11 @@ REFUSED: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "V2 scores": ("v2", fields(scoring_func="sigmoid"), r"scoring_func \(sigmoid\) must be 'softmax'"),
     "V2 choice": ("v2", fields(topk_method="noaux_tc"), r"topk_method \(noaux_tc\) must be 'greedy' or 'group_limited"),
     "V2 norm": ("v2", fields(norm_topk_prob=True), r"norm_topk_prob \(True\) must be False: programs do not agree"),
-    "V2 prediction": ("v2", fields(num_nextn_predict_layers=1), r"num_nextn_predict_layers \(1\) must be 0"),
+    "V2 prediction": (
+        "v2",
+        fields(num_nextn_predict_layers=1),
+        r"num_nextn_predict_layers \(1\) must be 0 in a DeepSeek-V2 model",
+    ),
     # rotary positions
     "another stretch": (
         "llama",
@@ -186,7 +190,7 @@ REFUSED: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "surplus tensor": (
         "llama",
         tensors(lambda t: t.update({f"{LAYER}.self_attn.o_proj.bias": torch.zeros(48)})),
-        r"o_proj.bias \(\(48,\)\) must not be there: config.json has no place for it; use a folder that was copied whole",
+        r"o_proj.bias \(\(48,\)\) must not be there: config.json has no place for it; use a folder that was copied w",
     ),
     "shape": (
         "llama",
@@ -250,7 +254,7 @@ REFUSED: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "pickled": (
         "llama",
         pickled,
-        r"model.safetensors \(missing, and no index\) must be there beside pytorch_model.bin; copy the folder whole; save",
+        r"model.safetensors \(missing, and no index\) must be there beside pytorch_model.bin; copy the folder whole",
     ),
     "torn index": (
         "llama",

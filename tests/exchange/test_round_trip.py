@@ -16,7 +16,15 @@ from tests.exchange.hf_folders import CASES, make_folder, read_tensors
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-NO_MEANING = {"architectures", "transformers_version", "initializer_range", "_from_model_config", "qk_head_dim"}
+NO_MEANING = {
+    "_name_or_path",
+    "max_window_layers",
+    "architectures",
+    "transformers_version",
+    "initializer_range",
+    "_from_model_config",
+    "qk_head_dim",
+}
 
 
 def round_trip(source: Path, target: Path, **options: object) -> Checkpoint:

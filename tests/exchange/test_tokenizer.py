@@ -66,12 +66,12 @@ def test_marks_are_found_where_families_keep_them(tmp_path: Path) -> None:
         name: llama._tokenizer.token_to_id(name) for name in ("<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>")
     }
     assert (llama.bos_id, llama.eos_id) == (names["<|begin_of_text|>"], names["<|eot_id|>"])
-    assert llama.stop_ids == {*names.values()} and llama.special_ids.adds_bos
+    assert llama.stop_ids == {*names.values()} and llama.marks.adds_bos
     end = names["<|eot_id|>"]
     assert llama.pad_id == end
 
     qwen = imported(tmp_path / "qwen", "qwen", {"bos_token_id": 360})
-    assert not qwen.special_ids.adds_bos
+    assert not qwen.marks.adds_bos
     assert qwen.encode_prompt("the") == qwen.encode("the") and qwen.encode_prompt("") == [360]
     assert qwen.pad_id == qwen._tokenizer.token_to_id("<|endoftext|>") == 360
 
@@ -79,14 +79,14 @@ def test_marks_are_found_where_families_keep_them(tmp_path: Path) -> None:
     assert alone.bos_id == alone.eos_id == alone._tokenizer.token_to_id("<|im_end|>")
 
     deepseek = imported(tmp_path / "deepseek", "deepseek", add_bos_token=True)
-    assert (deepseek.bos_id, deepseek.eos_id) == (0, 1) and deepseek.special_ids.adds_bos
+    assert (deepseek.bos_id, deepseek.eos_id) == (0, 1) and deepseek.marks.adds_bos
 
 
 def test_the_digest_tells_tokenizers_apart_but_not_what_ends_an_answer(tmp_path: Path) -> None:
     for name in ("base", "chat"):
         save_tokenizer(tmp_path / name, "llama3")
     save_tokenizer(tmp_path / "other", "deepseek")
-    base = read_tokenizer(str(tmp_path / "base"), {}, {"eos_token_id": 361})
+    base = read_tokenizer(str(tmp_path / "base"), {}, {})
     chat = read_tokenizer(str(tmp_path / "chat"), {}, {"eos_token_id": [361, 362]})
     other = read_tokenizer(str(tmp_path / "other"), {}, {})
     assert base.digest == chat.digest != other.digest
@@ -97,8 +97,19 @@ def test_a_tokenizer_keeps_its_files_from_folder_to_folder(tmp_path: Path) -> No
     first = imported(tmp_path / "a", "deepseek")
     copy_tokenizer(str(tmp_path / "a"), str(tmp_path / "b"))
     second = load_tokenizer(str(tmp_path / "b/tokenizer.json"))
-    assert second.special_ids == first.special_ids
+    assert second.marks == first.marks
     assert (tmp_path / "b/chat_template.jinja").read_bytes() == (tmp_path / "a/chat_template.jinja").read_bytes()
+
+
+@pytest.mark.parametrize("in_list", [False, True])
+def test_an_older_folders_chat_template_gets_a_file(in_list: bool, tmp_path: Path) -> None:
+    save_tokenizer(tmp_path, "llama3")
+    (tmp_path / "chat_template.jinja").unlink()
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    named = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": "{{ messages }}"}]
+    config["chat_template"] = named if in_list else "{{ messages }}"
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    assert read_tokenizer(str(tmp_path), {}, {}).files["chat_template.jinja"] == b"{{ messages }}"
 
 
 @pytest.mark.shows("An exported tokenizer of ours encodes in transformers as here, BOS included")
@@ -117,7 +128,7 @@ def test_ours_encodes_in_transformers_as_here(tmp_path: Path) -> None:
         assert ids == [ours.bos_id, *ours.encode(text)]
         assert theirs.decode(ids, skip_special_tokens=True) == text
     assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (0, 1, 2)
-    assert read_tokenizer(str(out), {}, {}).special_ids == ours.special_ids
+    assert read_tokenizer(str(out), {}, {}).special_ids == ours.marks
 
 
 def change(folder: Path, do: Any) -> None:

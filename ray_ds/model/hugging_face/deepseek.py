@@ -49,9 +49,17 @@ def read_deepseek(fields: Fields, version: Version) -> ModelConfig:
         rms_norm_eps=fields.get("rms_norm_eps", float, 1e-6),
         rope_theta=theta,
         rope_scaling=scaling,
-        num_nextn_predict_layers=fields.get("num_nextn_predict_layers", int, 0),
+        num_nextn_predict_layers=_read_prediction(fields, version),
         tie_word_embeddings=fields.get("tie_word_embeddings", bool, False),
     )
+
+
+def _read_prediction(fields: Fields, version: Version) -> int:
+    """Return the number of modules of multi-token prediction, which DeepSeek-V2 has none of."""
+    count = fields.get("num_nextn_predict_layers", int, 0)
+    if count and version == "deepseek_v2":
+        raise refused("num_nextn_predict_layers", count, "must be 0 in a DeepSeek-V2 model")
+    return count
 
 
 def _read_experts(fields: Fields, version: Version, num_experts: int) -> dict[str, Any]:
