@@ -103,7 +103,7 @@ def _find_special_ids(
 
 
 def _embedded_template(folder: str) -> str | None:
-    """Return the chat template that a `tokenizer_config.json` holds, as folders had it before they had a file for it."""
+    """Return the chat template of a `tokenizer_config.json`, where folders had it before they had a file for it."""
     found = read_json(storage.join(folder, TOKENIZER_CONFIG_FILE)).get("chat_template")
     if isinstance(found, list):
         found = next((entry["template"] for entry in found if entry.get("name") == "default"), None)

@@ -219,6 +219,7 @@ EXPERTS = {
     [
         (ModelConfig(**GQA | EXPERTS), "n_routed_experts (4) must be 0 beside grouped-query attention"),
         (ModelConfig(**GQA, qk_norm=True, qkv_bias=True), "qk_norm (True) must be false beside qkv_bias"),
+        (ModelConfig(**GQA | {"hidden_size": 33}), "hidden_size (33) must be a multiple of num_attention_heads (2)"),
         (ModelConfig(**GQA, num_nextn_predict_layers=1), "num_nextn_predict_layers (1) must be 0 in a Llama or Qwen"),
         (dataclasses.replace(PRESETS["tiny"], n_shared_experts=0), "n_shared_experts (0) must be 1 or more"),
         (

@@ -11,6 +11,7 @@ from ray_ds.artifacts import Checkpoint, open_artifact
 from ray_ds.exchange.export_folder import export_checkpoint
 from ray_ds.model.checkpoint_folder import load_checkpoint_folder, read_config
 from ray_ds.model.hugging_face.shapes import shapes_on_disk
+from ray_ds.serve.slot_decoder import SlotDecoder
 from ray_ds.stages.import_hf import import_alone
 from tests.exchange.hf_folders import CASES, make_folder, read_tensors
 
@@ -96,6 +97,47 @@ def test_an_imported_model_computes_as_in_transformers(case: str, tmp_path: Path
             found, wanted = ours(tokens), theirs.eval()(tokens).logits
         assert wanted.std() > 0.1
         torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
+
+
+@pytest.mark.shows("An imported model answers as transformers' `generate` does, by greedy decoding from a cache")
+@pytest.mark.parametrize("case", CASES)
+def test_an_imported_model_answers_as_in_transformers(case: str, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    source = make_folder(tmp_path / "in", case)
+    artifact = import_alone(str(source), str(tmp_path / "runs"))
+    decoder = load_checkpoint_folder(Path(artifact.path("model")), dtype=torch.float32, device="cpu")
+    slots = SlotDecoder(decoder, num_slots=2, max_len=64)
+    prompt = torch.randint(decoder.config.vocab_size, (1, 20), generator=torch.Generator().manual_seed(4))
+    theirs = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    wanted = theirs.generate(prompt, max_new_tokens=16, do_sample=False, eos_token_id=None, pad_token_id=0)
+    tokens = [int(slots.prefill(1, prompt[0].tolist()).argmax())]
+    while len(tokens) < 16:
+        tokens.append(int(slots.decode([1], tokens[-1:])[0].argmax()))
+    assert tokens == wanted[0, 20:].tolist()
+
+
+@pytest.mark.shows("DeepSeek-V3's prediction module guesses as in transformers, to 1e-5, after import and export")
+def test_a_prediction_module_computes_as_in_transformers(tmp_path: Path) -> None:
+    from transformers import DeepseekV3ForCausalLM
+    from transformers.modeling_layers import MtpModel
+
+    source = make_folder(tmp_path / "in", "deepseek_v3, predicts further")
+    artifact = round_trip(source, tmp_path)
+    ours = load_checkpoint_folder(Path(artifact.path("model")), dtype=torch.float32, device="cpu")
+    theirs = DeepseekV3ForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    # transformers looks for the published model's layer 61; this one has 3 layers.
+    theirs._keys_to_ignore_on_load_unexpected = [r"model\.layers\.[34]\..*"]
+    modules = MtpModel.from_pretrained(theirs, dtype=torch.float32).eval()
+    tokens = torch.randint(ours.config.vocab_size, (1, 25), generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        hidden = theirs.model(tokens[:, :-1]).last_hidden_state
+        positions = torch.arange(1, 25)[None]
+        states = modules.forward_layer(0, hidden, positions, None, input_ids=tokens[:, 1:])
+        wanted = modules.shared_head(states)
+        found, _ = ours.draft(ours.hidden(tokens[:, :-1]), tokens[:, 1:])
+    assert wanted.std() > 0.05
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
 
 
 def test_the_expected_tensors_are_those_of_transformers(tmp_path: Path) -> None:

@@ -60,7 +60,12 @@ def to_hf_config(
         return {**own, **tokens, "model_type": OWN_KIND, "architectures": ["RayDsForCausalLM"]}
     if config.attention == "gqa":
         return {**write_llama(config), **tokens}
-    return {**write_deepseek(config, "deepseek_v2" if config.scoring_func == "softmax" else "deepseek_v3"), **tokens}
+    return {
+        **write_deepseek(
+            config, "deepseek_v2" if config.n_routed_experts and config.scoring_func == "softmax" else "deepseek_v3"
+        ),
+        **tokens,
+    }
 
 
 def check_expressible(config: ModelConfig) -> None:
@@ -78,8 +83,11 @@ def check_expressible(config: ModelConfig) -> None:
 
 def _inexpressible(config: ModelConfig) -> tuple[str, str] | None:
     """Return a field that keeps a model from being one of transformers', and what it would have to be."""
+    is_v2 = config.n_routed_experts > 0 and config.scoring_func == "softmax"
     if config.attention == "gqa":
+        is_llama = not (config.qk_norm or config.qkv_bias)
         checks = [
+            *([_whole_heads(config)] if is_llama else []),
             ("n_routed_experts", config.n_routed_experts == 0, "must be 0 beside grouped-query attention"),
             ("qk_norm", not (config.qk_norm and config.qkv_bias), "must be false beside qkv_bias"),
             ("num_nextn_predict_layers", config.num_nextn_predict_layers == 0, "must be 0 in a Llama or Qwen model"),
@@ -87,10 +95,10 @@ def _inexpressible(config: ModelConfig) -> tuple[str, str] | None:
     elif not config.n_routed_experts:
         checks = []
     else:
-        is_v2 = config.scoring_func == "softmax"
         wanted = ("greedy", "group_limited_greedy") if is_v2 else ("noaux_tc",)
         allowed = f"must be {' or '.join(wanted)} where scoring_func is {config.scoring_func}"
         checks = [
+            *([_whole_heads(config)] if is_v2 else []),
             ("n_shared_experts", config.n_shared_experts > 0, "must be 1 or more"),
             ("topk_method", config.topk_method in wanted, allowed),
             ("norm_topk_prob", not (is_v2 and config.norm_topk_prob), "must be false where scoring_func is softmax"),
@@ -101,6 +109,13 @@ def _inexpressible(config: ModelConfig) -> tuple[str, str] | None:
             ),
         ]
     return next(((field, allowed) for field, is_fine, allowed in checks if not is_fine), None)
+
+
+def _whole_heads(config: ModelConfig) -> tuple[str, bool, str]:
+    """Return what transformers checks in Llama and DeepSeek-V2 configs, though nothing depends on it."""
+    heads = config.num_attention_heads
+    allowed = f"must be a multiple of num_attention_heads ({heads}) in this kind of model"
+    return "hidden_size", config.hidden_size % heads == 0, allowed
 
 
 def _read_own(values: Mapping[str, Any]) -> ModelConfig:
