@@ -115,8 +115,11 @@ def plan_conversion(config: ModelConfig, stored: Mapping[str, StoredTensor], fol
 
 
 def _check_copy(folder: str, name: str, original: str, stored: Mapping[str, StoredTensor]) -> None:
-    """Refuse a tensor that should repeat another and does not."""
-    if original in stored and not torch.equal(stored[name].read(), stored[original].read()):
+    """Refuse a tensor that should repeat another, bit for bit, and does not."""
+    if original not in stored:
+        return
+    pair = [stored[each].read() for each in (name, original)]
+    if pair[0].dtype != pair[1].dtype or not torch.equal(*(tensor.view(torch.uint8) for tensor in pair)):
         allowed = f"must equal {original}, which it repeats in this kind of model"
         raise _unfit(folder, name, "other values", allowed)
 

@@ -27,6 +27,8 @@ def write_shards(
     names = [WEIGHTS_FILE] if len(shards) == 1 else [_shard_name(i, len(shards)) for i in range(len(shards))]
     for name, shard in zip(names, shards, strict=True):
         save_file({key: read(key).contiguous() for key in shard}, folder / name, metadata={"format": "pt"})
+        # safetensors gives its files to their owner alone; whoever may read the folder may read its weights.
+        (folder / name).chmod(folder.stat().st_mode & 0o666)
         yield name
     if len(shards) > 1:
         places = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
