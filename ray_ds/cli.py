@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ray_ds import __version__
+from ray_ds.artifacts import KINDS, open_artifact
+from ray_ds.config.import_hf import MAX_SHARD_BYTES
 from ray_ds.config.paths import absolute_path
 from ray_ds.errors import (
     RETRYABLE_EXIT_CODE,
@@ -114,6 +116,22 @@ def argument_parser() -> argparse.ArgumentParser:
     generate.add_argument("--seed", type=int, default=0, help="of the sampling (default %(default)s)")
     verify = commands.add_parser("verify", help="check a cluster, as a job of at most 15 minutes, and write a report")
     add_options(verify)
+    imports = commands.add_parser("import", help="take a model's folder in Hugging Face's layout as a Checkpoint")
+    imports.add_argument("layout", choices=["hf"], help="hf: config.json, safetensors, tokenizer.json")
+    imports.add_argument("path", help="the folder")
+    imports.add_argument("--output", required=True, help="folder below which the artefact is made, as `run_dir` is")
+    imports.add_argument("--source", help="where it comes from, for `ray-ds trace`")
+    imports.add_argument("--licence", help="its licence, for `ray-ds trace`")
+    export = commands.add_parser("export", help="write a Checkpoint for transformers and vLLM")
+    export.add_argument("artefact", metavar="ARTEFACT", help="its folder")
+    export.add_argument("--to", required=True, choices=["hf"], help="hf: Hugging Face's layout")
+    export.add_argument("--output", required=True, help="folder that is made")
+    export.add_argument(
+        "--dtype", choices=["bfloat16", "float16", "float32"], help="of the weights (default: as it is)"
+    )
+    export.add_argument(
+        "--max-shard-bytes", type=_count, default=MAX_SHARD_BYTES, help="size of a file at most (default %(default)s)"
+    )
     sample = commands.add_parser("sample-text", help="write real text from installed packages as jsonl.gz")
     sample.add_argument("folder")
     return parser
@@ -134,7 +152,7 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
 
 def _dispatch(arguments: Sequence[str]) -> int:
     options, rest = argument_parser().parse_known_args(arguments)
-    if options.command not in ("trace", "generate", "verify", "sample-text"):
+    if options.command not in _WITHOUT_RECIPE:
         options.root = str(Path(options.root or os.getcwd()).resolve())
     elif rest:
         raise ConfigError("arguments", rest[0], "must fit the usage", f"see ray-ds {options.command} --help")
@@ -232,6 +250,27 @@ def _verify_command(options: argparse.Namespace, _: Sequence[str]) -> int:
     return submit(options)
 
 
+def _import_command(options: argparse.Namespace, _: Sequence[str]) -> int:
+    path, output = (
+        absolute_path(value.rstrip("/"), os.getcwd(), field=field)
+        for value, field in ((options.path, "path"), (options.output, "--output"))
+    )
+    given = {name: getattr(options, name) for name in ("source", "licence") if getattr(options, name) is not None}
+    artifact = load_object("ray_ds.stages.import_hf:import_alone")(path, output, **given)
+    # The folder comes last, for scripts: `$(ray-ds import ... | tail -1)`.
+    return _print_lines(["Name it in the `from` of a step, or give it to `ray-ds export`:", artifact.uri])
+
+
+def _export_command(options: argparse.Namespace, _: Sequence[str]) -> int:
+    uri = absolute_path(options.artefact.rstrip("/"), os.getcwd(), field="artefact")
+    artifact = open_artifact(uri, list(KINDS.values()))
+    target = absolute_path(options.output.rstrip("/"), os.getcwd(), field="--output")
+    load_object("ray_ds.exchange.export_folder:export_checkpoint")(
+        artifact, target, dtype=options.dtype, max_shard_bytes=options.max_shard_bytes
+    )
+    return _print_lines([target])
+
+
 def _sample_text_command(options: argparse.Namespace, _: Sequence[str]) -> int:
     load_object("ray_ds.data.sample_text:write_sample_text")(str(Path(options.folder).resolve()))
     return 0
@@ -245,5 +284,8 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace, Sequence[str]], int]] = {
     "trace": _trace_command,
     "generate": _generate_command,
     "verify": _verify_command,
+    "import": _import_command,
+    "export": _export_command,
     "sample-text": _sample_text_command,
 }
+_WITHOUT_RECIPE = ("trace", "generate", "verify", "import", "export", "sample-text")

@@ -149,7 +149,7 @@ def _facts(artifact: Artifact) -> dict[str, JsonValue]:
         case TokenShards():
             return {"tokens": facts["tokens"]}
         case Checkpoint():
-            return {name: facts[key] for name, key in _CHECKPOINT_FACTS.items()}
+            return {name: facts[key] for name, key in _CHECKPOINT_FACTS.items() if key in facts}
         case EvalReport() if facts["model_kind"] == Checkpoint.kind:
             scores = {"validation_bits_per_byte": facts["bits_per_byte"]}
             return scores | {name: facts[name] for name in _BASELINES if name in facts}

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ray_ds import storage
 from ray_ds.model.checkpoint_folder import save_checkpoint_folder
+from ray_ds.tokenizer_files import copy_tokenizer
 from ray_ds.train.task import TrainTask
 
 MODEL = "model"
@@ -31,7 +32,7 @@ def export_model(state: dict[str, Tensor], task: TrainTask, dtype: torch.dtype) 
             bos_token_id=task.bos_token_id,
             eos_token_id=task.eos_token_id,
         )
-        (folder / "tokenizer.json").write_bytes(storage.read_bytes(storage.join(task.shards, "tokenizer.json")))
+        copy_tokenizer(task.shards, str(folder))
         if storage.is_remote(uri):
             upload_folder(folder, uri)
 

@@ -12,6 +12,9 @@ class ServingTokenizer(TokenTable, Protocol):
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text, without special tokens."""
 
+    def encode_prompt(self, text: str) -> list[int]:
+        """Return the ids that the model is given for a text."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelCard:
