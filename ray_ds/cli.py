@@ -104,6 +104,8 @@ def argument_parser() -> argparse.ArgumentParser:
         _add_recipe(command)
     trace = commands.add_parser("trace", help="show what an artefact was made from")
     trace.add_argument("artefacts", nargs="+", metavar="ARTEFACT", help="its folder")
+    scores = commands.add_parser("scores", help="print an EvalReport's scores; with a second one, how it differs")
+    scores.add_argument("reports", nargs="+", metavar="REPORT", help="folders of one report or two")
     generate = commands.add_parser("generate", help="ask the served model")
     generate.add_argument("prompt")
     generate.add_argument(
@@ -134,7 +136,7 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
 
 def _dispatch(arguments: Sequence[str]) -> int:
     options, rest = argument_parser().parse_known_args(arguments)
-    if options.command not in ("trace", "generate", "verify", "sample-text"):
+    if options.command not in ("trace", "scores", "generate", "verify", "sample-text"):
         options.root = str(Path(options.root or os.getcwd()).resolve())
     elif rest:
         raise ConfigError("arguments", rest[0], "must fit the usage", f"see ray-ds {options.command} --help")
@@ -215,6 +217,11 @@ def _trace_command(options: argparse.Namespace, _: Sequence[str]) -> int:
     return 0
 
 
+def _scores_command(options: argparse.Namespace, _: Sequence[str]) -> int:
+    uris = [absolute_path(report, os.getcwd(), field="report") for report in options.reports]
+    return _print_lines(load_object("ray_ds.evaluate.tables:scores_lines")(uris))
+
+
 def _generate_command(options: argparse.Namespace, _: Sequence[str]) -> int:
     answer = load_object("ray_ds.serve.client:generate")(
         options.url,
@@ -243,6 +250,7 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace, Sequence[str]], int]] = {
     "status": _status_command,
     "show": _show_command,
     "trace": _trace_command,
+    "scores": _scores_command,
     "generate": _generate_command,
     "verify": _verify_command,
     "sample-text": _sample_text_command,

@@ -103,14 +103,15 @@ class Decoder(nn.Module):
             tokens: (B, T) int64.
             targets: (B, T) int64, `IGNORED_TARGET` where nothing is predicted.
             cache: the rows' earlier tokens; `tokens` go on from there and are stored.
-            logit_positions: (B,), the one token of each row whose logits are wanted; None = all.
+            logit_positions: (B,) or (B, P), the token or tokens of each row whose logits are wanted; None = all.
         Returns:
-            With targets the sum over them in nats, a scalar; without, logits (B, T, V) or (B, V). All in fp32.
+            With targets the sum over them in nats, a scalar; without, logits (B, T, V), (B, V) or (B, P, V). In fp32.
         """
         hidden = self.model(tokens, cache)  # (B, T, D)
         if logit_positions is not None:
-            hidden = hidden[torch.arange(len(hidden), device=hidden.device), logit_positions]  # (B, D)
-        logits: Tensor = self.lm_head(hidden)  # (B, T, V) or (B, V)
+            rows = torch.arange(len(hidden), device=hidden.device)
+            hidden = hidden[rows.view(-1, *[1] * (logit_positions.dim() - 1)), logit_positions]  # (B, D) or (B, P, D)
+        logits: Tensor = self.lm_head(hidden)  # (B, T, V), (B, V) or (B, P, V)
         if targets is None:
             return logits.float()
         return summed_cross_entropy(logits.flatten(0, -2), targets.flatten())
