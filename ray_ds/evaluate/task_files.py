@@ -114,12 +114,28 @@ def _read_file(uri: str) -> Iterator[Item]:
         if uri.lower().endswith(".gz"):
             data = gzip.decompress(data)
         elif uri.lower().endswith(".zst"):
-            data = zstandard.ZstdDecompressor().stream_reader(io.BytesIO(data), read_across_frames=True).read()
+            data = _decompress_zstd(data)
     except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
         raise InputError(uri, str(error), "must be a whole compressed file", "restore it") from error
     for row, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
         if line.strip():
             yield Item(uri=uri, row=row, values=_parse_line(line, f"{uri} line {row}"))
+
+
+def _decompress_zstd(data: bytes) -> bytes:
+    """Return the content of zstd frames; one by one, so that a cut one is noticed.
+
+    Raises:
+        EOFError, zstandard.ZstdError: a frame is cut or damaged.
+    """
+    parts: list[bytes] = []
+    while data:
+        decoder = zstandard.ZstdDecompressor().decompressobj()
+        parts.append(decoder.decompress(data))
+        if not decoder.eof:
+            raise EOFError("the file ends inside a zstd frame")
+        data = decoder.unused_data
+    return b"".join(parts)
 
 
 def _parse_line(line: bytes, place: str) -> dict[str, Any]:
