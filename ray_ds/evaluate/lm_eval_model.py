@@ -3,7 +3,7 @@
     model = open_for_lm_eval("/runs/demo/pretrain/0123456789abcdef")
     lm_eval.simple_evaluate(model=model, tasks=["mine"], task_manager=TaskManager(include_path="/sets/tasks"))
 
-Prompts that are too long lose their beginning, as with the harness's own models; `num_cut` counts them.
+Prompts that are too long lose their beginning, as with the harness's own models, but keep BOS; `num_cut` counts them.
 """
 
 import importlib
@@ -75,10 +75,14 @@ class LmEvalAnswers:
         self._seq_len = decoder.config.max_position_embeddings
 
     def loglikelihood(self, requests: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
-        """Return for each (context, continuation) its log-probability, and whether greedy decoding would write it."""
+        """Return for each (context, continuation) its log-probability, and whether greedy decoding would write it.
+
+        As with the harness's own models, white space at a context's end is judged with the continuation.
+        """
         asked: dict[Key, Continuation] = {}
         for i, (context, continuation) in enumerate(requests):
-            encoded = encode_choices(self._tokenizer, context, [continuation])
+            stripped = context.rstrip()
+            encoded = encode_choices(self._tokenizer, stripped, [context[len(stripped) :] + continuation])
             fitting = cut_left(encoded, self._seq_len)
             if fitting is None:
                 raise _too_long(continuation, self._seq_len)

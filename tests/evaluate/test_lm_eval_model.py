@@ -14,8 +14,8 @@ from ray_ds.model.checkpoint_folder import save_checkpoint_folder
 from tests.evaluate.tiny_tasks import MAX_LEN, tiny_config, tiny_decoder, tiny_tokenizer, write_jsonl
 
 LONG = "Question: what is the colour of the sky? Answer: blue. " * 40
-CONTEXTS = ["Question: the sky? Answer:", "", "blue sky ", "the colour of", LONG]
-CONTINUATIONS = [" yes", " maybe blue", " no", " true one two"]
+CONTEXTS = ["Question: the sky? Answer:", "", "blue sky ", "blue sky \n", "the colour of"]
+CONTINUATIONS = [" yes", " maybe blue", " no", "true one two"]
 
 
 def answers(micro_batch: int = 4) -> LmEvalAnswers:
@@ -27,6 +27,7 @@ def answers(micro_batch: int = 4) -> LmEvalAnswers:
 def hf_model(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The harness's own adapter to transformers, with the same weights."""
     pytest.importorskip("lm_eval")
+    pytest.importorskip("accelerate")
     from lm_eval.models.huggingface import HFLM
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -61,7 +62,19 @@ def test_loglikelihoods_are_those_of_the_harnesss_transformers_model(hf_model: A
     found = ours.loglikelihood(asked)
     assert [own[0] for own in found] == pytest.approx([own[0] for own in expected], abs=1e-3)
     assert [own[1] for own in found] == [own[1] for own in expected]
-    assert ours.num_cut == len(CONTINUATIONS)
+    assert ours.num_cut == 0
+
+
+@pytest.mark.slow
+def test_a_long_context_keeps_bos_and_its_end_and_is_counted(hf_model: Any) -> None:
+    tokenizer, ours = tiny_tokenizer(), answers()
+    (found,) = ours.loglikelihood([(LONG.strip(), " yes blue")])
+    last = tokenizer.encode(" yes blue")
+    kept = [tokenizer.bos_id, *tokenizer.encode(LONG.strip())[-(MAX_LEN - len(last)) :]]
+    assert len(kept) + len(last) - 1 == MAX_LEN
+    (expected,) = hf_model._loglikelihood_tokens([(("", ""), kept, last)], disable_tqdm=True)
+    assert found == (pytest.approx(expected[0], abs=1e-3), expected[1])
+    assert ours.num_cut == 1
 
 
 @pytest.mark.slow
@@ -77,12 +90,13 @@ def test_rolling_loglikelihoods_are_those_of_the_harnesss_transformers_model(hf_
 def test_answers_are_greedy_unless_told_and_stop_where_they_are_told() -> None:
     model = answers()
     (whole,) = model.generate_until([("Answer:", {"max_gen_toks": 12})])
-    stop = whole[4:6]
+    stop = whole[len(whole) // 2 :][:2]
+    shorter = whole[: whole.index(stop)]
     asked: list[tuple[str, dict[str, Any]]] = [
         ("Answer:", {"until": stop, "max_gen_toks": 12, "top_p": 0.9}),
-        ("Answer:", {"until": [stop, "x"], "max_new_tokens": 12, "temperature": 0.0, "do_sample": False}),
+        ("Answer:", {"until": ["nowhere", stop], "max_new_tokens": 12, "temperature": 0.0, "do_sample": False}),
     ]
-    assert model.generate_until(asked) == [whole[: whole.index(stop)].split("x")[0]] * 2 or stop in whole[:4]
+    assert model.generate_until(asked) == [shorter] * 2
     sampled: list[tuple[str, dict[str, Any]]] = [("Answer:", {"do_sample": True, "temperature": 2.0, "max_tokens": 12})]
     assert model.generate_until(sampled) == model.generate_until(sampled) != [whole]
     with pytest.raises(ConfigError, match=r"generation_kwargs.top_k \(3\) must be one of do_sample, max_gen_toks"):
