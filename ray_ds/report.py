@@ -147,14 +147,23 @@ def _facts(artifact: Artifact) -> dict[str, JsonValue]:
             return {name: facts[key] for name, key in _CHECKPOINT_FACTS.items()}
         case EvalReport() if facts["model_kind"] == Checkpoint.kind:
             scores = {"validation_bits_per_byte": facts["bits_per_byte"]}
-            return scores | {name: facts[name] for name in _BASELINES if name in facts}
+            return scores | {name: facts[name] for name in _BASELINES if name in facts} | _task_scores(facts, "")
         case EvalReport():
-            return {"int8_validation_bits_per_byte": facts["bits_per_byte"]}
+            return {"int8_validation_bits_per_byte": facts["bits_per_byte"], **_task_scores(facts, "int8_")}
         case QuantizedModel():
             return {"int8_perplexity_ratio": facts["perplexity_ratio"], "int8_size_ratio": facts["size_ratio"]}
         case Endpoint():
             return {"endpoint": facts["url"]}
     return {}
+
+
+def _task_scores(facts: dict[str, Any], prefix: str) -> dict[str, JsonValue]:
+    """Return the scores of a report's tasks, as `capitals_accuracy`."""
+    return {
+        f"{prefix}{task}_{metric}": own["score"]
+        for task, found in facts.get("tasks", {}).items()
+        for metric, own in found["scores"].items()
+    }
 
 
 _BASELINES = ("xz_bits_per_byte", "unigram_bits_per_byte", "bigram_bits_per_byte")
