@@ -8,6 +8,8 @@ from ray_ds.errors import ConfigError
 
 MAX_ORDER = 4
 """Words of the longest n-grams."""
+SMOOTHING = "exp"
+"""How n-grams that never match count; the default of sacrebleu's `BLEU`, which `compute_bleu` has another one than."""
 
 
 def check_sacrebleu(field: str) -> None:
@@ -21,7 +23,12 @@ def check_sacrebleu(field: str) -> None:
 
 def bleu_counts(answer: str, references: Sequence[str], tokenizer: str) -> tuple[float, ...]:
     """Return what an answer adds to corpus BLEU: its length, the reference's, matches and n-grams of 1 to 4 words."""
-    score = _sacrebleu().BLEU(tokenize=tokenizer).sentence_score(answer, list(references))
+    # A corpus of one: `sentence_score` gives the same counts, and a warning about their score, which is not used.
+    score = (
+        _sacrebleu()
+        .BLEU(tokenize=tokenizer, smooth_method=SMOOTHING)
+        .corpus_score([answer], [[reference] for reference in references])
+    )
     return (score.sys_len, score.ref_len, *score.counts, *score.totals)
 
 
@@ -32,6 +39,7 @@ def bleu_of_counts(sums: Sequence[float]) -> float:
         total=[int(count) for count in sums[2 + MAX_ORDER :]],
         sys_len=int(sums[0]),
         ref_len=int(sums[1]),
+        smooth_method=SMOOTHING,
     )
     return float(score.score)
 
@@ -42,7 +50,7 @@ def bleu_signature(tokenizer: str, num_references: int) -> str:
     Args:
         num_references: right answers of an item; -1 where items have different numbers.
     """
-    metric = _sacrebleu().BLEU(tokenize=tokenizer)
+    metric = _sacrebleu().BLEU(tokenize=tokenizer, smooth_method=SMOOTHING)
     metric.num_refs = num_references
     return str(metric.get_signature())
 

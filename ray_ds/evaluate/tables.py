@@ -33,7 +33,7 @@ def report_rows(facts: Mapping[str, Any]) -> list[tuple[str, ...]]:
     for task, found in facts.get("tasks", {}).items():
         for metric, own in found["scores"].items():
             interval = f"{_figure(own['low'], metric)} to {_figure(own['high'], metric)}"
-            notes = [own["how"], f"{found['shots']} shots" if found["shots"] else "", *_warnings(found)]
+            notes = [own["how"], _count(found["shots"], "shot"), *_warnings(found)]
             if metric == "accuracy":
                 notes.append(f"guessing {_figure(found['guessing_accuracy'], metric)}")
             note = "; ".join(filter(None, notes))
@@ -43,11 +43,16 @@ def report_rows(facts: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 def _warnings(found: Mapping[str, Any]) -> list[str]:
     """Return what makes a task's scores less than they seem."""
-    cut, unfinished = found["cut"], found.get("unfinished", 0)
+    cut, unfinished = _count(found["cut"], "prompt"), _count(found.get("unfinished", 0), "answer")
     return [
-        *([f"{cut} prompts cut"] if cut else []),
-        *([f"{unfinished} answers cut at max_new_tokens"] if unfinished else []),
+        *([f"{cut} cut on the left"] if cut else []),
+        *([f"{unfinished} broken off at max_new_tokens"] if unfinished else []),
     ]
+
+
+def _count(number: int, name: str) -> str:
+    """Return `3 shots`, `1 shot`, or nothing for 0."""
+    return f"{number:,} {name}{'s' if number > 1 else ''}" if number else ""
 
 
 def difference_rows(differences: Sequence[Difference]) -> list[tuple[str, ...]]:

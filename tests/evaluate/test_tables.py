@@ -28,9 +28,9 @@ def test_a_report_as_a_table() -> None:
         ("validation", "bits_per_byte", "1.5", "-", "61,637 tokens", ""),
         (
             "pick", "accuracy", "50.00%", "47.00% to 53.00%", "1,200",
-            "length normalisation bytes; 5 shots; 3 prompts cut; guessing 25.00%",
+            "length normalisation bytes; 5 shots; 3 prompts cut on the left; guessing 25.00%",
         ),
-        ("write", "bleu", "12.35", "10.00 to 15.00", "10", "nrefs:1; 4 answers cut at max_new_tokens"),
+        ("write", "bleu", "12.35", "10.00 to 15.00", "10", "nrefs:1; 4 answers broken off at max_new_tokens"),
     ]  # fmt: skip
 
 

@@ -20,7 +20,9 @@ from ray_ds.evaluate.questions import read_questions
 from ray_ds.evaluate.tables import scores_lines
 from ray_ds.model.checkpoint_folder import load_checkpoint_folder, save_checkpoint_folder
 from ray_ds.quantize import load_quantized, quantize_folder
+from ray_ds.recipe import load_recipe
 from ray_ds.stages.evaluate import evaluate
+from ray_ds.steps import step_digest
 from ray_ds.tokenizer import load_tokenizer
 from tests.evaluate.tiny_tasks import (
     CHOOSE,
@@ -179,7 +181,7 @@ def test_too_long_prompts_are_refused_or_cut_and_counted(tmp_path: Path, local_r
     report = run_evaluate(tmp_path, checkpoint, shards, settings(cutting, seq_len=40), "second")
     assert report.fact("tasks", "choose", "cut") == 6
     assert all(own.is_cut for own in read_outcomes(report)["choose"])
-    assert "6 prompts cut" in "\n".join(scores_lines([report.uri]))
+    assert "6 prompts cut on the left" in "\n".join(scores_lines([report.uri]))
     with pytest.raises(InputError, match=r"must fit, with its answer, into seq_len = 2; ask for fewer shots\."):
         run_evaluate(tmp_path, checkpoint, shards, settings(cutting, seq_len=2), "third")
 
@@ -187,3 +189,32 @@ def test_too_long_prompts_are_refused_or_cut_and_counted(tmp_path: Path, local_r
 def test_scores_of_three_reports_are_refused() -> None:
     with pytest.raises(ConfigError, match="must be one or two"):
         scores_lines(["/a", "/b", "/c"])
+
+
+def test_a_changed_item_makes_another_report_and_a_moved_file_the_same(tmp_path: Path) -> None:
+    checkpoint, shards = make_checkpoint(tmp_path), make_shards(tmp_path)
+
+    def digest(files: str) -> str:
+        table = {"name": "t", "files": files, "prompt": "{q}", "classify": CLASSIFY}
+        recipe = tmp_path / "recipe.toml"
+        recipe.write_text(
+            f'name = "t"\nrun_dir = "{tmp_path}"\n[[step]]\nstage = "evaluate"\n'
+            f'from = ["{checkpoint.uri}", "{shards.uri}"]\n'
+            "settings.seq_len = 8\n[[step.settings.tasks]]\n"
+            + "".join(f"{name} = {_toml(value)}\n" for name, value in table.items())
+        )
+        return step_digest(load_recipe(str(recipe)).step("evaluate"))
+
+    for folder in ("a", "b", "c"):
+        (tmp_path / folder).mkdir()
+    item = {"q": "?", "label": "no"}
+    first = digest(write_jsonl(tmp_path / "a" / "items.jsonl", item))
+    assert first == digest(write_jsonl(tmp_path / "b" / "items.jsonl", item))
+    assert first != digest(write_jsonl(tmp_path / "c" / "items.jsonl", {**item, "label": "yes"}))
+
+
+def _toml(value: object) -> str:
+    """Return an inline TOML value; JSON but for tables."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{name} = {json.dumps(own)}" for name, own in value.items()) + "}"
+    return json.dumps(value)
