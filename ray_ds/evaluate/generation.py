@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ray_ds.evaluate.continuations import Continuation, Key, cut_left
-from ray_ds.model.caches import LatentCache
+from ray_ds.model.caches import SlotCache
 from ray_ds.model.decoder import Decoder
 from ray_ds.tokenizer import BpeTokenizer
 
@@ -66,7 +66,7 @@ def write_answers(
     writing = [_Writer(prompt, tokenizer, slot) for slot, prompt in enumerate(prompts)]
     max_len = max(len(prompt.tokens) + prompt.max_new_tokens for prompt in prompts)
     dtype = decoder.model.embed_tokens.weight.dtype
-    cache = LatentCache(decoder.config, len(prompts), max_len, dtype=dtype, device=device)
+    cache = SlotCache(decoder.config, len(prompts), max_len, dtype=dtype, device=device)
     with torch.inference_mode():
         new = [prompt.tokens for prompt in prompts]
         while writing:
@@ -81,7 +81,7 @@ def write_answers(
 
 
 def _next_logits(
-    decoder: Decoder, cache: LatentCache, slots: Sequence[int], new: Sequence[Sequence[int]], device: str
+    decoder: Decoder, cache: SlotCache, slots: Sequence[int], new: Sequence[Sequence[int]], device: str
 ) -> Tensor:
     """Add tokens to the sequences in some slots; return the logits (B, V) that follow the last of each."""
     lengths = [len(own) for own in new]

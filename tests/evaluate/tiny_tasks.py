@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from ray_ds.config.model import ModelConfig, ModelSettings
+from ray_ds.config.model import ModelConfig
+from ray_ds.config.model_settings import ModelSettings
 from ray_ds.config.settings import decode_settings
 from ray_ds.config.tasks import TaskSettings
 from ray_ds.model.decoder import Decoder
