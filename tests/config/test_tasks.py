@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from ray_ds.config.evaluate import EvaluateSettings
+from ray_ds.config.settings import digest_settings
 from ray_ds.errors import ConfigError
 from tests.evaluate.tiny_tasks import CHOOSE, CLASSIFY, GENERATE, task
 
@@ -72,3 +73,12 @@ def test_relative_files_are_below_the_root() -> None:
     assert (rooted.files, rooted.shot_files) == ("/root/a.jsonl", "/root/b.jsonl")
     with pytest.raises(ConfigError, match=r"demo.toml: evaluate.tasks.0.shot_files \(b.jsonl\) must be absolute"):
         settings.with_root(None, where="demo.toml: evaluate")
+
+
+def test_where_files_lie_is_not_digested_but_how_they_are_asked_is() -> None:
+    def digested(**settings: Any) -> object:
+        return digest_settings(EvaluateSettings(seq_len=8, tasks=(task(choose=CHOOSE, **settings),)))
+
+    assert digested(files="/a/x.jsonl") == digested(files="/b/x.jsonl")
+    assert digested(seed=1) != digested()
+    assert digested(prompt="{question}") != digested()
