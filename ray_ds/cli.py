@@ -106,6 +106,8 @@ def argument_parser() -> argparse.ArgumentParser:
         _add_recipe(command)
     trace = commands.add_parser("trace", help="show what an artefact was made from")
     trace.add_argument("artefacts", nargs="+", metavar="ARTEFACT", help="its folder")
+    scores = commands.add_parser("scores", help="print an EvalReport's scores; with a second one, how it differs")
+    scores.add_argument("reports", nargs="+", metavar="REPORT", help="folders of one report or two")
     generate = commands.add_parser("generate", help="ask the served model")
     generate.add_argument("prompt")
     generate.add_argument(
@@ -233,6 +235,11 @@ def _trace_command(options: argparse.Namespace, _: Sequence[str]) -> int:
     return 0
 
 
+def _scores_command(options: argparse.Namespace, _: Sequence[str]) -> int:
+    uris = [absolute_path(report, os.getcwd(), field="report") for report in options.reports]
+    return _print_lines(load_object("ray_ds.evaluate.tables:scores_lines")(uris))
+
+
 def _generate_command(options: argparse.Namespace, _: Sequence[str]) -> int:
     answer = load_object("ray_ds.serve.client:generate")(
         options.url,
@@ -282,10 +289,11 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace, Sequence[str]], int]] = {
     "status": _status_command,
     "show": _show_command,
     "trace": _trace_command,
+    "scores": _scores_command,
     "generate": _generate_command,
     "verify": _verify_command,
     "import": _import_command,
     "export": _export_command,
     "sample-text": _sample_text_command,
 }
-_WITHOUT_RECIPE = ("trace", "generate", "verify", "import", "export", "sample-text")
+_WITHOUT_RECIPE = ("trace", "scores", "generate", "verify", "import", "export", "sample-text")

@@ -90,8 +90,9 @@ STAGES: tuple[Stage, ...] = (
         settings="ray_ds.config.evaluate:EvaluateSettings",
         reads=(("Checkpoint", "QuantizedModel"), ("TokenShards",)),
         writes="EvalReport",
-        version=1,
+        version=2,
         resources="Ray tasks, `num_workers` CPUs or GPUs",
+        sources="ray_ds.evaluate.task_files:fingerprint_tasks",
     ),
     Stage(
         name="quantize",
