@@ -18,6 +18,7 @@ FLOORS = {
     "recipe": 1,
     "stage_table": 1,
     "steps": 1,
+    "plan": 2,
     "tokenizer": 2,
     "data": 2,
     "model": 2,
