@@ -8,6 +8,9 @@ from ray_ds.plan.devices import Fleet
 from ray_ds.plan.memory import Memory, memory_of
 from ray_ds.plan.speed import Speed, speed_of
 
+NEAR = 0.98
+"""Plans that differ by less in speed count as equal: no prediction is that good."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
@@ -43,7 +46,7 @@ def largest_micro_batch(case: Case, fleet: Fleet) -> int:
 
 
 def best_plan(case: Case, fleet: Fleet) -> Plan | None:
-    """Return the fastest of the plans that fit, of equals the one with the least memory; None = none fits.
+    """Return the fastest of the plans that fit, of near equals the one that does least; None = none fits.
 
     Stages, recomputation and micro-batches are tried; what decides the result of training is left as it is.
     """
@@ -52,8 +55,8 @@ def best_plan(case: Case, fleet: Fleet) -> Plan | None:
     if not fitting:
         return None
     fastest = max(plan.speed.tokens_per_s for plan in fitting)
-    near = [plan for plan in fitting if plan.speed.tokens_per_s > 0.98 * fastest]
-    return min(near, key=lambda plan: plan.memory.needed)
+    near = [plan for plan in fitting if plan.speed.tokens_per_s > NEAR * fastest]
+    return min(near, key=lambda plan: (plan.case.recompute, plan.case.zero_stage, plan.memory.needed))
 
 
 def _tried(case: Case, fleet: Fleet) -> Iterator[Case]:

@@ -72,7 +72,7 @@ class Fleet:
 
 
 def find_kind(name: str) -> DeviceKind:
-    """Return the kind of GPU that a name means: its own, or what nvidia-smi or Ray calls it ("NVIDIA H200", "A100-80G").
+    """Return the kind of GPU that a name means: ours, or nvidia-smi's or Ray's ("NVIDIA H200", "A100-80G").
 
     Raises:
         ConfigError: no kind is meant, or several.

@@ -25,10 +25,11 @@ def check_fits(case: Case, fleet: Fleet, *, step: str) -> None:
     needs = f"{memory.needed / GIB:.1f} GiB are needed {when(memory.peak_moment)}"
     ways = _ways(case, fleet, step)
     if not ways:
+        starts = memory_of(replace(case, zero_stage=3, micro_batch=1)).peak_moment == "starting"
         allowed = f"must fit the {has} with {case.world_size} workers, and not even a row does, recomputed with ZeRO 3"
-        action = f"use more workers or larger GPUs, or a smaller model ({needs})"
+        more = "every worker starts with the whole model in fp32: use larger GPUs" if starts else "use more workers"
         value = f"{case.num_parameters / 1e9:.3g} billion parameters"
-        raise ConfigError(f"{step}.model", value, allowed, action)
+        raise ConfigError(f"{step}.model", value, allowed, f"{more}, or a smaller model ({needs})")
     largest = largest_micro_batch(case, fleet)
     if largest:
         allowed = f"must be at most {largest} to fit the {has}; {needs}"

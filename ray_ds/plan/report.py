@@ -58,8 +58,8 @@ def _head_lines(step: str, case: Case, fleet: Fleet) -> list[str]:
     return [
         f"step {step}: {case.num_parameters:,} parameters, {active:,} active, "
         f"{flops_per_token(config, case.seq_len) / 1e9:.3g} GFLOP a token of rows of {case.seq_len:,}",
-        f"{case.world_size} x {kind.name}: {kind.memory_bytes / GIB:.1f} GiB, {kind.peak_flops / 1e12:.4g} TFLOP/s bf16, "
-        f"{kind.bandwidth / 1e9:,.4g} GB/s ({kind.source}); between workers "
+        f"{case.world_size} x {kind.name}: {kind.memory_bytes / GIB:.1f} GiB, "
+        f"{kind.peak_flops / 1e12:.4g} TFLOP/s bf16, {kind.bandwidth / 1e9:,.4g} GB/s ({kind.source}); between workers "
         f"{fleet.wire_bandwidth(case.world_size) / 1e9:.3g} GB/s",
         f"{case.precision}, {'compiled' if case.compile else 'eager'}, "
         f"{'Muon' if case.uses_muon else 'AdamW'}, micro-batch {case.micro_batch}, {case.batch_tokens:,} tokens a step"
@@ -106,7 +106,7 @@ def _parts(memory: Memory) -> tuple[int, ...]:
 
 def _note_lines() -> list[str]:
     return [
-        "GiB a worker. The peak is that of the fullest moment, so less than the sum of what comes at different moments.",
+        "GiB a worker. The peak is that of the fullest moment, so less than the sum of all moments' parts.",
         f"needed = peak + {FRAGMENTATION:.0%} between tensors + {CONTEXT_BYTES / GIB:.1f} GiB of CUDA, cuBLAS and NCCL "
         "(assumed).",
         "micro-batch, recomputed: the most rows that fit and divide the step's batch, without and with recomputation.",

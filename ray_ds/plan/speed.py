@@ -29,6 +29,10 @@ TENSOR_S = 120e-6
 """DeepSpeed's work in Python for each parameter in a step of ZeRO 1 or 2; fitted."""
 GATHER_S = 350e-6
 """ZeRO 3's work in Python for each parameter in a micro-batch, gathering and letting go, both ways; fitted."""
+EAGER_LAUNCH_S, COMPILED_LAUNCH_S = 1.5e-3, 0.4e-3
+"""A layer's time in a micro-batch to start its kernels, both ways: no work of the device is shorter; assumed."""
+MICRO_BATCH_LAYER_S = 1e-4
+"""What a layer loses in each micro-batch at the ends of its kernels; fitted to batches of 8 to 32 rows."""
 STEP_BYTES = 58
 """What a step reads and writes for each parameter that a worker updates: bucket, norm, fp32 copy, clipping, AdamW."""
 WIRE_FRACTION = 0.8
@@ -46,6 +50,8 @@ class Speed:
     products: float
     attention: float
     elementwise: float
+    starting: float
+    """Of kernels: their ends, and waiting for them where micro-batches are small."""
     update: float
     """The optimizer and DeepSpeed's work around it, and ZeRO 3's gathering in Python."""
     sending: float
@@ -55,21 +61,32 @@ class Speed:
     @property
     def step_s(self) -> float:
         """The whole step: nothing overlaps, as `overlap_comm` is off."""
-        return self.products + self.attention + self.elementwise + self.update + self.sending
+        return self.products + self.attention + self.elementwise + self.starting + self.update + self.sending
 
 
 def speed_of(case: Case, fleet: Fleet) -> Speed:
     """Return how fast a case trains."""
     tokens = case.micro_tokens * case.micro_batches
     runs = 4 / 3 if case.recompute else 1.0
+    products = runs * tokens * _product_s(case, fleet)
+    attention = runs * tokens * _attention_s(case, fleet)
+    elementwise = tokens * _elementwise_s(case, fleet, runs)
     parts = {
-        "products": runs * tokens * _product_s(case, fleet),
-        "attention": runs * tokens * _attention_s(case, fleet),
-        "elementwise": tokens * _elementwise_s(case, fleet, runs),
+        "products": products,
+        "attention": attention,
+        "elementwise": elementwise,
+        "starting": _starting_s(case, products + attention + elementwise),
         "update": _update_s(case, fleet),
         "sending": _sending_s(case, fleet),
     }
     return Speed(**parts, tokens_per_s=case.batch_tokens / sum(parts.values()))
+
+
+def _starting_s(case: Case, working_s: float) -> float:
+    """Return a step's seconds that the device spends on the model beyond the work of its kernels."""
+    layers = (case.config.num_hidden_layers + case.config.num_nextn_predict_layers) * case.micro_batches
+    launching = layers * (COMPILED_LAUNCH_S if case.compile else EAGER_LAUNCH_S)
+    return layers * MICRO_BATCH_LAYER_S + max(0.0, launching - working_s)
 
 
 def _peak_flops(case: Case, fleet: Fleet) -> float:

@@ -65,7 +65,7 @@ def _replicated(case: Case) -> States:
     masters = MASTER_BYTES * count if is_mixed else 0
     optimizer = _optimizer_bytes(case, momentum_bytes=4)
     gradients = size * count
-    updating = gradients + (4 * count if is_mixed else 0)
+    updating = gradients + (4 * count if is_mixed else 0) + int(4 * _muon_fraction(case) * count)
     kept = gradients + masters + optimizer  # weights are as large as gradients
     return States(
         weights=size * count,
@@ -140,11 +140,13 @@ def _partitioned_weights(case: Case) -> States:
     if world_size > 1:
         fetched = min(count, PREFETCH_NUMEL + largest_tensor(case.config))
         gathered = size * (min(count, LIVE_NUMEL) + fetched)
-    updating = 4 * min(int(share * max(muon, 1 - muon)), LIVE_NUMEL)
+    # Muon orthogonalizes whole gradients, which its workers put together.
+    updating = 4 * min(int(share * max(muon, 1 - muon)), LIVE_NUMEL) + size * min(int(muon * count), LIVE_NUMEL)
+    starting = size * share + masters + 4 * share + int(size * muon * share)
     host = 0
     if case.offload:
         host = masters + optimizer + 4 * share + gradients
-        masters = optimizer = updating = gradients = 0
+        masters = optimizer = updating = gradients = starting = 0
     return States(
         weights=size * share,
         masters=masters,
@@ -155,7 +157,7 @@ def _partitioned_weights(case: Case) -> States:
         bucket=0,
         reducing=gathered + (size * min(count, BUCKET_NUMEL) if world_size > 1 else 0),
         updating=updating,
-        starting=_whole_model_in_fp32(case),
+        starting=max(_whole_model_in_fp32(case), starting),
         host=host,
     )
 
