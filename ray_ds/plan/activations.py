@@ -11,7 +11,9 @@ from ray_ds.config.model import ModelConfig
 from ray_ds.plan.case import Case
 
 LOSS_CHUNK = 1 << 28
-"""Logits that the loss works on at once in fp32: `model.loss.GPU_CHUNK`."""
+"""Logits that the loss works on at once in fp32 where all are kept: `model.loss.GPU_CHUNK`."""
+LINEAR_LOSS_CHUNK = 1 << 27
+"""Logits that are made and used at once where none are kept: `model.loss.LINEAR_GPU_CHUNK`."""
 STATISTICS_BYTES = 4
 """A norm's root or a softmax's sum, fp32."""
 
@@ -22,17 +24,17 @@ class Activations:
 
     kept: int
     """By all layers, until the backward pass reaches them."""
-    logits: int
-    """With the loss's own."""
-    loss_gradient: int
-    """Of the logits, and the fp32 chunks that it is made in."""
+    loss: int
+    """By the loss: logits, or where it makes its gradients on the way forth these of the head and what it reads."""
+    loss_work: int
+    """What the loss takes besides while it works: its chunks in fp32, and the gradients made in them."""
     again: int
     """A layer whose activations are made a second time, and what its backward pass takes."""
 
     @property
     def peak(self) -> int:
         """The most at a time: where the loss turns round, or in the last layer's backward pass."""
-        return self.kept + max(self.logits + self.loss_gradient, self.again)
+        return self.kept + max(self.loss + self.loss_work, self.again)
 
 
 def activations_of(case: Case) -> Activations:
@@ -48,17 +50,26 @@ def activations_of(case: Case) -> Activations:
             layer_bytes(case, is_sparse=False) * bool(dense), layer_bytes(case, is_sparse=True) * bool(sparse)
         )
         layers = (dense + sparse) * config.hidden_size * case.dtype_bytes
-    top = 2 * config.hidden_size * case.dtype_bytes + STATISTICS_BYTES + 16  # the last norm; token ids and targets
-    top *= 1 + config.num_nextn_predict_layers
-    size = config.vocab_size * tokens
-    chunks = 4 * min(size, LOSS_CHUNK) * (1 if case.compile else 2)
+    top = config.hidden_size * case.dtype_bytes + STATISTICS_BYTES + 8  # the last norm's input, and token ids
+    if case.precision == "fp16":
+        top += config.hidden_size * case.dtype_bytes + 8  # what the head reads, and targets
+    # A module of multi-token prediction also joins two normed vectors.
+    top += config.num_nextn_predict_layers * (top + 6 * config.hidden_size * case.dtype_bytes)
+    loss, loss_work = _loss_bytes(case)
+    return Activations(kept=int(tokens * (layers + top)), loss=loss, loss_work=loss_work, again=int(tokens * again))
+
+
+def _loss_bytes(case: Case) -> tuple[int, int]:
+    """Return what the loss keeps and what it takes while it works."""
+    config, tokens = case.config, case.micro_tokens
     heads = 1 + config.num_nextn_predict_layers
-    return Activations(
-        kept=int(tokens * (layers + top)),
-        logits=heads * case.dtype_bytes * size + 4 * tokens,
-        loss_gradient=case.dtype_bytes * size + chunks,
-        again=int(tokens * again),
-    )
+    size, head = config.vocab_size * tokens, config.vocab_size * config.hidden_size
+    if case.precision == "fp16":  # the gradient is small until the loss was scaled, so it is made on the way back
+        chunks = 4 * min(size, LOSS_CHUNK) * (1 if case.compile else 2)
+        return heads * (case.dtype_bytes * size + 4 * tokens), case.dtype_bytes * size + chunks
+    kept = case.dtype_bytes * (heads * (config.hidden_size * tokens + head))
+    chunks = (4 + 2 * case.dtype_bytes) * min(size, LINEAR_LOSS_CHUNK)
+    return kept, chunks + 4 * head + case.dtype_bytes * head
 
 
 def layer_bytes(case: Case, *, is_sparse: bool) -> int:
@@ -88,7 +99,8 @@ def _attention_numbers(config: ModelConfig) -> int:
     """Return what attention keeps: queries, keys, values and result as the kernel takes them, and latents."""
     heads = config.num_attention_heads
     if config.attention == "gqa":
-        return (2 * heads + 2 * config.num_key_value_heads) * config.head_dim
+        normed = (heads + config.num_key_value_heads) * config.head_dim if config.qk_norm else 0
+        return 4 * heads * config.head_dim + normed  # keys and values are copied to each query's head
     width = max(config.qk_head_dim, config.v_head_dim)  # values are padded to the width of keys
     latents = 2 * (config.kv_lora_rank + config.qk_rope_head_dim) + 2 * (config.q_lora_rank or 0)
     padded_copy = heads * config.v_head_dim if width > config.v_head_dim else 0

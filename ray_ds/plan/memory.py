@@ -44,7 +44,7 @@ def memory_of(case: Case) -> Memory:
     running = states.kept + states.gathered + states.earlier_gradients
     # The bucket comes with the head's gradient, when the loss's own gradient has just been used.
     first_gradient = 0 if _has_bucket(case) else states.bucket
-    behind_loss = activations.kept + max(activations.logits, activations.again)
+    behind_loss = activations.kept + max(activations.loss, activations.again)
     return Memory(
         states=states,
         activations=activations,

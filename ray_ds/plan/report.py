@@ -17,7 +17,7 @@ HEAD = (
     "optimizer",
     "gradients and buckets",
     "activations",
-    "logits and loss",
+    "loss",
     "peak",
     "needed",
     "fits",
@@ -98,7 +98,7 @@ def _parts(memory: Memory) -> tuple[int, ...]:
         states.optimizer,
         states.buffers + max(states.reducing, states.updating, states.earlier_gradients),
         activations.kept + activations.again,
-        activations.logits + activations.loss_gradient,
+        activations.loss + activations.loss_work,
         memory.peak,
         memory.needed,
     )

@@ -65,7 +65,7 @@ def _replicated(case: Case) -> States:
     masters = MASTER_BYTES * count if is_mixed else 0
     optimizer = _optimizer_bytes(case, momentum_bytes=4)
     gradients = size * count
-    updating = gradients + (4 * count if is_mixed else 0) + int(4 * _muon_fraction(case) * count)
+    updating = gradients + (4 * count if is_mixed else 0)
     kept = gradients + masters + optimizer  # weights are as large as gradients
     return States(
         weights=size * count,
@@ -76,8 +76,8 @@ def _replicated(case: Case) -> States:
         earlier_gradients=gradients if case.micro_batches > 1 else 0,
         bucket=0,
         reducing=gradients + size * min(count, ALLREDUCE_NUMEL),
-        updating=updating,
-        # In 16 bits DeepSpeed makes a step at its start to see the optimizer's states.
+        updating=updating + int(4 * _muon_fraction(case) * count),  # Muon's updates in fp32
+        # In 16 bits DeepSpeed makes a step without gradients at its start to see the optimizer's states.
         starting=kept + updating if is_mixed else 4 * count,
         host=0,
     )
