@@ -88,6 +88,8 @@ def find_kind(name: str) -> DeviceKind:
 
 
 def _plain(name: str) -> str:
-    """Return a name in small letters and digits, without its maker."""
+    """Return a name in small letters and digits, without its maker and how it is plugged in."""
     letters = "".join(letter for letter in name.lower() if letter.isalnum())
-    return letters.replace("nvidia", "").replace("geforce", "").replace("gb", "g")
+    for word in ("nvidia", "geforce", "sxm4", "sxm5", "pcie"):
+        letters = letters.replace(word, "")
+    return letters.replace("gb", "g")

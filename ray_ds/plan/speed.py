@@ -27,7 +27,7 @@ EAGER_LOSS_PASSES, COMPILED_LOSS_PASSES = 25.0, 7.0
 """The same of the logits, counted in the loss's fp32 and 16-bit reads and writes."""
 TENSOR_S = 120e-6
 """DeepSpeed's work in Python for each parameter in a step of ZeRO 1 or 2; fitted."""
-GATHER_S = 350e-6
+GATHER_S = 500e-6
 """ZeRO 3's work in Python for each parameter in a micro-batch, gathering and letting go, both ways; fitted."""
 EAGER_LAUNCH_S, COMPILED_LAUNCH_S = 1.5e-3, 0.4e-3
 """A layer's time in a micro-batch to start its kernels, both ways: no work of the device is shorter; assumed."""

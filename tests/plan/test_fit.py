@@ -38,7 +38,9 @@ def test_the_micro_batch_named_is_the_largest_that_fits() -> None:
 
 
 def test_state_that_only_fits_in_slices() -> None:
-    case = replace(CASE, config=replace(DENSE_1B, num_hidden_layers=96), world_size=8, zero_stage=0)
+    case = replace(
+        CASE, config=replace(DENSE_1B, num_hidden_layers=96, first_k_dense_replace=96), world_size=8, zero_stage=0
+    )
     message = refused(case, H100)
     assert message.startswith("pretrain.zero_stage (0) must be one whose state fits the 79.6 GiB of a h100; ")
     assert "--pretrain.zero_stage=1" in message

@@ -31,14 +31,14 @@ def test_bare_loops_as_measured(run: Run) -> None:
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_matrices_are_those_of_the_count(name: str) -> None:
-    """6 for each number of a matrix that a token meets, and attention: what `flops_per_token` counts but for norms."""
+    """6 for each number of a matrix that a token meets, and attention: what `flops_per_token` counts but for norms and biases."""
     config = PRESETS[name]
     matrices = sum(matrix.used * matrix.numel for matrix in layer_matrices(config))
     matrices += num_heads_used(config) * config.vocab_size * config.hidden_size
     seq_len = 1024
     layers = config.num_hidden_layers + config.num_nextn_predict_layers
     attention = 3 * layers * config.num_attention_heads * (config.qk_head_dim + config.value_head_dim) * seq_len
-    assert 6 * matrices + attention == pytest.approx(flops_per_token(config, seq_len), rel=2e-3)
+    assert 6 * matrices + attention == pytest.approx(flops_per_token(config, seq_len), rel=3e-3)
 
 
 @pytest.mark.parametrize(
