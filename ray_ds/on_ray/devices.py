@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import ray
@@ -14,8 +15,9 @@ from ray_ds.plan.speed import COPY_FRACTION, PRODUCT_FRACTION
 
 KIND_RESOURCE = "accelerator_type:"
 """What Ray puts before a GPU's name in a node's resources."""
-SMALL_KINDS = {"A100": "a100-40gb"}
-"""Ray's names that leave the size open: the smaller one is planned for."""
+SMALLEST = {"A100": "a100-40gb"}
+LARGEST = {"A100": "a100-80gb"}
+"""Ray's names that leave the size open: the smallest is planned for, and what fits the largest is not refused."""
 PRODUCT_SIZE = 1024
 COPY_BYTES = 1 << 27
 LOOPBACK_BYTES_PER_S = 1e9
@@ -40,28 +42,30 @@ def known_gpu_fleet() -> Fleet | None:
     """Return the GPUs of the cluster, or None where there are none or the plan does not know them all."""
     gpus = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("GPU", 0) >= 1]
     try:
-        return gpu_fleet(gpus) if gpus else None
+        return gpu_fleet(gpus, open_names=LARGEST) if gpus else None
     except ClusterError as error:
         log_event("memory_not_checked", reason=str(error))
         return None
 
 
-def gpu_fleet(nodes: list[dict[str, Any]]) -> Fleet:
+def gpu_fleet(nodes: list[dict[str, Any]], open_names: Mapping[str, str] = SMALLEST) -> Fleet:
     """Return the GPUs of some nodes, taken for as many of the kind with the least memory.
 
+    Args:
+        open_names: the kinds that Ray's names mean which leave the size open.
     Raises:
         ClusterError: a node does not say what its GPUs are, or the plan does not know them.
     """
-    kinds = [_gpu_kind(node) for node in nodes]
+    kinds = [_gpu_kind(node, open_names) for node in nodes]
     counts = [int(node["Resources"]["GPU"]) for node in nodes]
     return Fleet(
         kind=min(kinds, key=lambda kind: kind.memory_bytes), num_devices=sum(counts), devices_per_node=max(counts)
     )
 
 
-def _gpu_kind(node: dict[str, Any]) -> DeviceKind:
+def _gpu_kind(node: dict[str, Any], open_names: Mapping[str, str]) -> DeviceKind:
     names = [key.removeprefix(KIND_RESOURCE) for key in node["Resources"] if key.startswith(KIND_RESOURCE)]
-    name = SMALL_KINDS.get(names[0], names[0]) if names else "unknown"
+    name = open_names.get(names[0], names[0]) if names else "unknown"
     try:
         return find_kind(name)
     except ConfigError as error:

@@ -29,6 +29,14 @@ def test_of_several_kinds_the_smallest_memory_counts() -> None:
     assert gpu_fleet([node(gpus=8, kind="H200"), node(gpus=8, kind="A100")]).kind.name == "a100-40gb"
 
 
+def test_a_name_that_leaves_the_memory_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes = [node(gpus=8, kind="A100")]
+    monkeypatch.setattr(devices.ray, "nodes", lambda: nodes)
+    fleet = known_gpu_fleet()
+    assert fleet is not None and fleet.kind.name == "a100-80gb"  # refuse only what surely does not fit
+    assert gpu_fleet(nodes).kind.name == "a100-40gb"  # and plan for what surely does
+
+
 @pytest.mark.parametrize("kind", ["V100", None])
 def test_gpus_that_the_plan_does_not_know(kind: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     nodes = [node(gpus=8, kind=kind)]

@@ -31,7 +31,7 @@ def test_bare_loops_as_measured(run: Run) -> None:
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_matrices_are_those_of_the_count(name: str) -> None:
-    """6 for each number of a matrix that a token meets, and attention: what `flops_per_token` counts but for norms and biases."""
+    """6 for each number of a matrix that a token meets, and attention: `flops_per_token` but for norms and biases."""
     config = PRESETS[name]
     matrices = sum(matrix.used * matrix.numel for matrix in layer_matrices(config))
     matrices += num_heads_used(config) * config.vocab_size * config.hidden_size
