@@ -21,6 +21,9 @@ from ray_ds.errors import (
     UserError,
 )
 from ray_ds.logs import log_event, setup_logging
+from ray_ds.plan.command import add_options as add_plan_options
+from ray_ds.plan.command import run_plan
+from ray_ds.plan.devices import Fleet
 from ray_ds.recipe import Recipe, Step, load_recipe
 from ray_ds.stage_table import STAGES, load_object
 from ray_ds.steps import find_finished, prepare_run
@@ -95,6 +98,8 @@ def argument_parser() -> argparse.ArgumentParser:
     submit.add_argument("step", help="a step's name, or its stage's")
     status = commands.add_parser("status", help="show the steps and which are finished")
     show = commands.add_parser("show", help="show every setting, its value and where that came from")
+    plan = commands.add_parser("plan", help="tell memory, speed, time and cost of training; refuse what cannot fit")
+    add_plan_options(plan)
     for stage in STAGES:
         one = commands.add_parser(stage.name, help=f"run the stage here: {stage.writes} ({stage.resources})")
         one.add_argument("--step", help="which step, where several run this stage")
@@ -102,7 +107,7 @@ def argument_parser() -> argparse.ArgumentParser:
     for command in (run, submit):
         text = "times a job that broke off (exit status 75) is submitted again (default %(default)s)"
         command.add_argument("--retries", type=_count, default=0, metavar="N", help=text)
-    for command in (run, submit, status, show):
+    for command in (run, submit, status, show, plan):
         _add_recipe(command)
     trace = commands.add_parser("trace", help="show what an artefact was made from")
     trace.add_argument("artefacts", nargs="+", metavar="ARTEFACT", help="its folder")
@@ -228,6 +233,15 @@ def _show_command(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     return _print_lines(load_object("ray_ds.report:settings_lines")(_load(options, overrides)))
 
 
+def _plan_command(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    def cluster_fleet(settings: Any) -> Fleet:
+        load_object("ray_ds.on_ray.session:connect")()
+        fleet: Fleet = load_object("ray_ds.on_ray.devices:cluster_fleet")(settings)
+        return fleet
+
+    return run_plan(_load(options, overrides), options, cluster_fleet)
+
+
 def _trace_command(options: argparse.Namespace, _: Sequence[str]) -> int:
     trace: Callable[[str], list[str]] = load_object("ray_ds.report:trace_lines")
     for artefact in options.artefacts:
@@ -288,6 +302,7 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace, Sequence[str]], int]] = {
     "submit": _submit_command,
     "status": _status_command,
     "show": _show_command,
+    "plan": _plan_command,
     "trace": _trace_command,
     "scores": _scores_command,
     "generate": _generate_command,

@@ -19,6 +19,7 @@ FLOORS = {
     "stage_table": 1,
     "steps": 1,
     "tokenizer_files": 1,
+    "plan": 2,
     "tokenizer": 2,
     "data": 2,
     "model": 2,
