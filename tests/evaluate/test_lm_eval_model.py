@@ -26,8 +26,6 @@ def answers(micro_batch: int = 4) -> LmEvalAnswers:
 @pytest.fixture(scope="module")
 def hf_model(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The harness's own adapter to transformers, with the same weights."""
-    pytest.importorskip("lm_eval")
-    pytest.importorskip("accelerate")
     from lm_eval.models.huggingface import HFLM
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -108,7 +106,7 @@ def test_answers_are_greedy_unless_told_and_stop_where_they_are_told() -> None:
 @pytest.mark.slow
 @pytest.mark.shows("lm_eval runs its own task files, on local data, with a checkpoint of ours")
 def test_the_harness_runs_a_local_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    lm_eval = pytest.importorskip("lm_eval")
+    import lm_eval
     from lm_eval.tasks import TaskManager
 
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")

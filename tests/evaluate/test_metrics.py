@@ -4,6 +4,8 @@ import sys
 
 import numpy as np
 import pytest
+from sacrebleu.metrics import BLEU
+from sklearn.metrics import accuracy_score, f1_score
 
 from ray_ds.errors import ConfigError
 from ray_ds.evaluate.bleu import bleu_counts, bleu_signature, check_sacrebleu
@@ -35,13 +37,12 @@ def test_macro_f1_by_hand() -> None:
 
 
 def test_macro_f1_is_scikit_learns() -> None:
-    metrics = pytest.importorskip("sklearn.metrics")
     for seed in range(5):
         report = labelled(200, seed)
         right, answer = [own.right for own in report], [own.answer for own in report]
-        expected = metrics.f1_score(right, answer, average="macro", zero_division=0)
+        expected = f1_score(right, answer, average="macro", zero_division=0)
         assert total(make_metric("macro_f1", report)) == pytest.approx(expected, rel=1e-12)
-        assert total(make_metric("accuracy", report)) == metrics.accuracy_score(right, answer)
+        assert total(make_metric("accuracy", report)) == accuracy_score(right, answer)
 
 
 def test_guessing() -> None:
@@ -61,16 +62,15 @@ REFERENCES = (
 @pytest.mark.shows("BLEU is sacrebleu's to the last digit, and its signature is in the report")
 @pytest.mark.parametrize("tokenizer", ["13a", "intl", "char", "none"])
 def test_bleu_is_sacrebleus(tokenizer: str) -> None:
-    metrics = pytest.importorskip("sacrebleu.metrics")
     report = [
         outcome(counts=bleu_counts(answer, references, tokenizer))
         for answer, references in zip(ANSWERS, REFERENCES, strict=True)
     ]
     columns = [[own[i] if i < len(own) else None for own in REFERENCES] for i in range(2)]
-    expected = metrics.BLEU(tokenize=tokenizer).corpus_score(list(ANSWERS), columns)
+    expected = BLEU(tokenize=tokenizer).corpus_score(list(ANSWERS), columns)
     assert total(make_metric("bleu", report)) == expected.score
     # Without a match of four words, what counts is how sacrebleu smooths.
-    last = metrics.BLEU(tokenize=tokenizer).corpus_score(list(ANSWERS[3:]), [own[3:] for own in columns])
+    last = BLEU(tokenize=tokenizer).corpus_score(list(ANSWERS[3:]), [own[3:] for own in columns])
     assert total(make_metric("bleu", report[3:])) == last.score
     assert f"tok:{tokenizer}" in bleu_signature(tokenizer, 2) and "nrefs:2" in bleu_signature(tokenizer, 2)
 
