@@ -1,7 +1,7 @@
 """The `config.json` of published models, as on huggingface.co, is read whole and asks for the published size.
 
-Totals are those that the pages on huggingface.co state for the safetensors; DeepSeek-V3's there, 684,531,386,000, counts
-the scales of its 8-bit weights too, of which it has 41,540,496.
+Totals are those that the pages on huggingface.co state for the safetensors; DeepSeek-V3's there, 684,531,386,000,
+counts the scales of its 8-bit weights too, of which it has 41,540,496.
 """
 
 import math
