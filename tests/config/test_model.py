@@ -91,7 +91,7 @@ def test_every_override_is_a_field_of_the_model_and_documented():
         ({"preset": "llama_1b", "kv_lora_rank": 8}, r"kv_lora_rank \(8\) has no effect where attention is gqa"),
         (
             {"preset": "llama_1b", "num_key_value_heads": 3},
-            r"num_key_value_heads \(3\) must divide num_attention_heads",
+            r"num_key_value_heads \(3\) must divide num_attention",
         ),
         ({"preset": "llama_1b", "head_dim": 7}, r"head_dim \(7\) must be even; add 1"),
         ({"preset": "tiny", "attention": "gqa"}, r"num_key_value_heads \(0\) must be positive; raise it"),
