@@ -280,6 +280,9 @@ class StageRun:
     digest: str
     settings: JsonValue
     inputs: tuple[Artifact, ...]
+    """One for each group of kinds that the stage reads."""
+    named: Mapping[str, Artifact] = dataclasses.field(default_factory=dict)
+    """Further inputs, by the key of the step that names them, such as `init_from`."""
     check_alone: Callable[[], None] = lambda: None
     """Raises where another job has taken over this run, so that nothing of its is overwritten."""
 
@@ -317,7 +320,7 @@ class StageRun:
             stage=self.stage,
             stage_version=self.stage_version,
             settings=self.settings,
-            inputs=tuple(artifact.ref() for artifact in self.inputs),
+            inputs=tuple(artifact.ref() for artifact in (*self.inputs, *self.named.values())),
             sources=tuple(sources),
             files=files,
             facts=facts,

@@ -1,12 +1,14 @@
 """Settings of the train stage."""
 
+import dataclasses
 from dataclasses import field
 from typing import Annotated, Literal
 
 import pydantic
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from ray_ds.config.model import ModelSettings
+from ray_ds.config.model import ModelConfig, ModelSettings
+from ray_ds.config.objective import Lora, NextToken, Objective
 from ray_ds.config.settings import OUTPUT_UNCHANGED, fill_or_refuse, settings
 from ray_ds.errors import ConfigError
 
@@ -76,10 +78,14 @@ class TrainSettings:
     and compilation change the order of sums, hence rounding, and nothing else.
     """
 
-    model: ModelSettings
-    """What is trained."""
+    model: ModelSettings | None = None
+    """What is trained; absent where the step's `init_from` names a checkpoint, whose model it is then."""
+    objective: Objective = field(default_factory=lambda: NextToken(kind="next_token"))
+    """`kind = "next_token"` (also supervised fine-tuning on chat shards), `"dpo"` or `"distill"`, with its settings."""
+    lora: Lora | None = None
+    """Train low-rank adapters and leave the weights as they are; absent = all weights are trained."""
     seq_len: PositiveInt
-    """Tokens in a row; the model is made for this length."""
+    """Tokens in a row; a new model is made for this length."""
     batch_tokens: PositiveInt
     """Tokens in a step, over all workers."""
     micro_batch: PositiveInt
@@ -100,7 +106,7 @@ class TrainSettings:
     """Largest norm of the gradient over all weights; 0 = not clipped."""
     router_bias_speed: NonNegativeFloat | None = None
     """How much an expert's bias moves a step towards balance (arXiv 2408.15664), for a model with experts only; absent
-    = 0.001."""
+    = 0.001, and 0 with `lora`, where the router stays as it is."""
     bad_loss: Literal["fail", "skip", "roll_back"] = "fail"
     """What a bad step does: end the job; leave the weights as they were and go on; or go back to the last regular
     checkpoint and on with the data behind the bad step. A loss that is no number is bad, and so is one above
@@ -163,9 +169,8 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         """Refuse settings that do not fit together or have no effect."""
-        has_experts = self.model.resolve(vocab_size=1, max_position_embeddings=1).num_moe_layers > 0
-        unused = None if has_experts else "has no effect in a dense model"
-        fill_or_refuse(self, "router_bias_speed", ROUTER_BIAS_SPEED, unused=unused)
+        if self.model is not None:
+            self._fill_router_bias_speed(self.model.resolve(vocab_size=1, max_position_embeddings=1))
         unused = None if self.validate_every else "has no effect while validate_every is 0"
         fill_or_refuse(self, "validation_tokens", VALIDATION_TOKENS, unused=unused)
         elastic = None if self.is_elastic else "has no effect with a fixed number of workers"
@@ -181,6 +186,44 @@ class TrainSettings:
         self._check_grid()
         self._check_muon()
         self._check_fp16()
+
+    def _fill_router_bias_speed(self, config: ModelConfig) -> None:
+        """Give the speed its default where there are experts, or refuse it."""
+        unused = None if config.num_moe_layers else "has no effect in a dense model"
+        default = ROUTER_BIAS_SPEED if self.lora is None else 0.0
+        fill_or_refuse(self, "router_bias_speed", default, unused=unused)
+
+    def for_model(self, config: ModelConfig) -> "TrainSettings":
+        """Return the settings for a model that comes from a checkpoint, what depends on it filled in.
+
+        Raises:
+            ConfigError: a setting has no effect on this model.
+        """
+        copy = dataclasses.replace(self)
+        copy._fill_router_bias_speed(config)
+        return copy
+
+    def check_named(self, names: frozenset[str], *, where: str) -> None:
+        """Refuse a model from two places or none, and a teacher or a start that is missing or of no use.
+
+        Args:
+            names: the inputs that the step names by keys of their own, `init_from` and `teacher`.
+        """
+        has_start, has_teacher = "init_from" in names, "teacher" in names
+        if has_start and self.model is not None:
+            allowed = "must not be given beside init_from, whose checkpoint says what the model is"
+            raise ConfigError(f"{where}.model", self.model.preset, allowed, "remove one of them")
+        if not has_start and self.model is None:
+            raise ConfigError(f"{where}.model", "missing", "must be given, or else init_from", "add one to the step")
+        action = 'add init_from = "STEP" beside stage'
+        if not has_start and self.objective.kind == "dpo":
+            raise ConfigError(f"{where}.objective.kind", "dpo", "needs a checkpoint to start from", action)
+        if not has_start and self.lora is not None:
+            raise ConfigError(f"{where}.lora.rank", self.lora.rank, "needs a checkpoint to start from", action)
+        if has_teacher != (self.objective.kind == "distill"):
+            value = "given" if has_teacher else "missing"
+            allowed = 'must be named with objective.kind = "distill", and only then'
+            raise ConfigError(f"{where}.teacher", value, allowed, "add or remove it, beside stage")
 
     def _check_length(self) -> None:
         """Want exactly one of `steps` and `tokens`, and more steps than the warm-up has."""
@@ -225,6 +268,9 @@ class TrainSettings:
 
         Source: DeepSpeed 0.19.8, stage_1_and_2.py `step` and stage3.py `step`: the norm is taken after Muon ran.
         """
+        if self.optimizer.kind == "muon" and self.lora is not None:
+            action = 'use kind = "adamw"'
+            raise ConfigError("optimizer.kind", "muon", "must be adamw with lora: A and B are factors", action)
         if self.optimizer.kind == "muon" and self.zero_stage >= 1 and self.gradient_clipping > 0:
             allowed = "must be 0 with Muon in ZeRO 1-3, where DeepSpeed clips the orthogonalized update"
             action = "set it to 0 (Muon's update does not grow with the gradient), or set zero_stage to 0"
