@@ -7,7 +7,8 @@ from typing import Annotated, Literal
 import pydantic
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from ray_ds.config.model import ModelConfig, ModelSettings
+from ray_ds.config.model import ModelConfig
+from ray_ds.config.model_settings import ModelSettings
 from ray_ds.config.objective import Lora, NextToken, Objective
 from ray_ds.config.settings import OUTPUT_UNCHANGED, fill_or_refuse, settings
 from ray_ds.errors import ConfigError

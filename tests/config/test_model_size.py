@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from ray_ds.config.model import PRESETS
 from ray_ds.config.model_size import cache_bytes_per_token, flops_per_token, num_active_parameters, num_parameters
+from ray_ds.config.presets import PRESETS
 from ray_ds.model.caches import LatentCache
 from ray_ds.model.decoder import Decoder
 from ray_ds.model.experts import Experts

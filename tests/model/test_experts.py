@@ -3,7 +3,8 @@ import dataclasses
 import pytest
 import torch
 
-from ray_ds.config.model import PRESETS, ModelConfig
+from ray_ds.config.model import ModelConfig
+from ray_ds.config.presets import PRESETS
 from ray_ds.model.experts import Experts, Gate, MoE
 
 GROUPED = dataclasses.replace(

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from ray_ds.config.model import PRESETS
+from ray_ds.config.presets import PRESETS
 from ray_ds.model.caches import LatentCache
 from ray_ds.model.decoder import Decoder
 from ray_ds.model.experts import Experts
