@@ -84,7 +84,9 @@ class LatentAttention(nn.Module):
         self.kv_b_proj = nn.Linear(self.kv_lora_rank, expanded_dim, bias=False)
         self.o_proj = nn.Linear(self.num_heads * self.v_head_dim, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], cache: CacheRows | None) -> Tensor:
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], cache: CacheRows | None, mask: Tensor | None = None
+    ) -> Tensor:
         """Return what every token gathers from itself and the tokens before it.
 
         Args:
@@ -95,7 +97,7 @@ class LatentAttention(nn.Module):
         q_nope, q_rope = self._queries(x, rotary)
         latents = self._latents(x, rotary)
         if cache is None:
-            out = self._attend_expanded(q_nope, q_rope, latents, mask=None)
+            out = self._attend_expanded(q_nope, q_rope, latents, mask=mask)
         else:
             latents = cache.update(self.layer, latents)  # (B, S, R + qk_rope_head_dim)
             attend = self._attend_absorbed if cache.is_decode else self._attend_expanded

@@ -27,10 +27,10 @@ class Block(nn.Module):
         self.mlp = MoE(config) if self.is_sparse else MLP(config.hidden_size, config.intermediate_size)
 
     def forward(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor], cache: CacheRows | None
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], cache: CacheRows | None, mask: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """Return the stream (B, T, D) after this layer, and tokens by expert, (E,), where it has experts."""
-        x = x + self.self_attn(self.input_layernorm(x), rotary, cache)
+        x = x + self.self_attn(self.input_layernorm(x), rotary, cache, mask)
         normed = self.post_attention_layernorm(x)
         if not self.is_sparse:
             return x + self.mlp(normed), None
@@ -49,16 +49,21 @@ class Backbone(nn.Module):
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size)
 
-    def forward(self, tokens: Tensor, cache: CacheRows | None) -> Tensor:
+    def forward(self, tokens: Tensor, cache: CacheRows | None, segments: Tensor | None = None) -> Tensor:
         """Return the normed last layer's output (B, T, D) for `tokens` (B, T)."""
         positions = torch.arange(tokens.shape[1], device=tokens.device)[None] if cache is None else cache.positions
+        mask = None
+        if segments is not None:
+            same = segments[:, :, None] == segments[:, None, :]  # (B, T, T)
+            mask = (same & (positions[:, :, None] >= positions[:, None, :]))[:, None]  # (B, 1, T, T)
+            positions = positions - same.int().argmax(dim=-1)  # (B, T)
         rotary = rotary_tables(positions, self.config)
         x = self.embed_tokens(tokens)  # (B, T, D)
         for layer in cast(Iterable[Block], self.layers):
             if self.recompute_activations and self.training:
-                x, load = checkpoint(layer, x, rotary, cache, use_reentrant=False)
+                x, load = checkpoint(layer, x, rotary, cache, mask, use_reentrant=False)
             else:
-                x, load = layer(x, rotary, cache)
+                x, load = layer(x, rotary, cache, mask)
             # Counted here and not inside the layer, which may run a second time to recompute its activations.
             if load is not None and self.training:
                 cast(MoE, layer.mlp).gate.expert_load += load
@@ -94,6 +99,7 @@ class Decoder(nn.Module):
         tokens: Tensor,
         targets: Tensor | None = None,
         *,
+        segments: Tensor | None = None,
         cache: CacheRows | None = None,
         logit_positions: Tensor | None = None,
     ) -> Tensor:
@@ -102,12 +108,13 @@ class Decoder(nn.Module):
         Args:
             tokens: (B, T) int64.
             targets: (B, T) int64, `IGNORED_TARGET` where nothing is predicted.
+            segments: (B, T) int64, which document of its row a token is of; attention stays within it.
             cache: the rows' earlier tokens; `tokens` go on from there and are stored.
             logit_positions: (B,), the one token of each row whose logits are wanted; None = all.
         Returns:
             With targets the sum over them in nats, a scalar; without, logits (B, T, V) or (B, V). All in fp32.
         """
-        hidden = self.model(tokens, cache)  # (B, T, D)
+        hidden = self.model(tokens, cache, segments)  # (B, T, D)
         if logit_positions is not None:
             hidden = hidden[torch.arange(len(hidden), device=hidden.device), logit_positions]  # (B, D)
         logits: Tensor = self.lm_head(hidden)  # (B, T, V) or (B, V)
