@@ -65,6 +65,17 @@ STAGES: tuple[Stage, ...] = (
         resources="Ray Data, all CPUs",
     ),
     Stage(
+        name="tokenize_chat",
+        job="tokenize_chat",
+        function="ray_ds.stages.tokenize_chat:tokenize_chat",
+        settings="ray_ds.config.tokenize_chat:TokenizeChatSettings",
+        reads=(("Tokenizer",),),
+        writes="TokenShards",
+        version=1,
+        resources="Ray Data, all CPUs",
+        sources="ray_ds.data.conversations:find_sources",
+    ),
+    Stage(
         name="train",
         job="train_model",
         function="ray_ds.stages.train:train",

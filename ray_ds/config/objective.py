@@ -11,7 +11,7 @@ from ray_ds.errors import ConfigError
 
 @settings
 class NextToken:
-    """Cross-entropy of each next token; on chat shards of the answers' tokens alone, which is supervised fine-tuning."""
+    """Cross-entropy of each next token; on chat shards of the answers alone, which is supervised fine-tuning."""
 
     kind: Literal["next_token"]
     """Selects this objective."""
@@ -19,7 +19,7 @@ class NextToken:
 
 @settings
 class Dpo:
-    """Direct preference optimisation (arXiv 2305.18290) on pairs of answers; the reference is the model started from."""
+    """Direct preference optimisation (arXiv 2305.18290) on pairs of answers; its reference is the model at the start."""
 
     kind: Literal["dpo"]
     """Selects this objective."""

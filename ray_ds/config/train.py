@@ -194,6 +194,11 @@ class TrainSettings:
         default = ROUTER_BIAS_SPEED if self.lora is None else 0.0
         fill_or_refuse(self, "router_bias_speed", default, unused=unused)
 
+    def new_model(self, vocab_size: int) -> ModelConfig:
+        """Return the model that is made anew, for rows of `seq_len`; for settings whose step starts from none."""
+        assert self.model is not None, "check_named wants a model where there is no init_from"
+        return self.model.resolve(vocab_size, self.seq_len)
+
     def for_model(self, config: ModelConfig) -> "TrainSettings":
         """Return the settings for a model that comes from a checkpoint, what depends on it filled in.
 

@@ -33,6 +33,8 @@ class Rows(Protocol):
     """All rows of a split."""
 
     split: TokenSplit
+    is_packed: bool
+    """Whether rows have segments."""
 
     @property
     def shard_rows(self) -> Sequence[int]:
@@ -55,6 +57,8 @@ def open_rows(split: TokenSplit, kind: RowKind, seq_len: int) -> Rows:
 class StreamRows:
     """Rows that run through a shard's documents as they follow each other; every token but a shard's first is a target
     once."""
+
+    is_packed = False
 
     def __init__(self, split: TokenSplit, seq_len: int) -> None:
         self.split = split
@@ -97,6 +101,8 @@ class PackedRows:
     Args:
         documents_per_item: documents that follow each other and stay together in a row.
     """
+
+    is_packed = True
 
     def __init__(self, split: TokenSplit, seq_len: int, *, documents_per_item: int) -> None:
         self.split = split

@@ -17,7 +17,7 @@ from ray_ds import storage
 from ray_ds.artifacts import TokenShards, open_artifact
 from ray_ds.data.shard_cache import ShardCache
 from ray_ds.data.shard_folder import ShardFile
-from ray_ds.errors import ArtifactError, InputError
+from ray_ds.errors import ArtifactError
 
 Split = Literal["train", "validation"]
 SPLITS: tuple[Split, ...] = ("train", "validation")
@@ -329,19 +329,3 @@ def _check_any(folder: str, shards: Sequence[object]) -> None:
 def _damaged(uri: str, value: str) -> ArtifactError:
     allowed = "must be one record batch of doc_id and tokens (large_list of uint16 or uint32)"
     return ArtifactError(uri, value, allowed, "restore the file or run the tokenize step again")
-
-
-def check_rows(split: TokenSplit, folder_uri: str, seq_len: int) -> None:
-    """Make sure that a split has at least one row.
-
-    Raises:
-        InputError: every shard is shorter than `seq_len + 1` tokens.
-    """
-    if not split.num_rows(seq_len):
-        longest = max(split.tokens_per_shard)
-        raise InputError(
-            folder_uri,
-            f"its longest shard has {longest} tokens",
-            f"must have a shard of at least seq_len + 1 = {seq_len + 1} tokens",
-            "give more text or shorten seq_len",
-        )

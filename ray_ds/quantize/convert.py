@@ -16,7 +16,7 @@ from ray_ds.model.checkpoint_folder import CONFIG_FILE, FP32_SUFFIX, INDEX_FILE,
 from ray_ds.quantize.layout import SCALE_SUFFIX, is_quantized, quantization_config
 from ray_ds.quantize.scheme import dequantize_weight, quantize_weight
 
-COPIED_FILES = ("tokenizer.json", "generation_config.json")
+COPIED_FILES = ("tokenizer.json", "generation_config.json", "chat_template.jinja")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

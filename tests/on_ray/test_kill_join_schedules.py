@@ -27,8 +27,6 @@ def losses(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
 
 @pytest.mark.shows("Nodes die, join and drain in any order and no step's loss tells: schedules by seed on real raylets")
 @pytest.mark.parametrize("seed", range(5))
-def test_no_loss_tells_what_happened_to_nodes(
-    cluster: Cluster, losses: list[float], tmp_path: Path, seed: int
-) -> None:
+def test_no_loss_tells_what_happened_to_nodes(cluster: Cluster, losses: list[float], tmp_path: Path, seed: int) -> None:
     outcome = play(draw(seed, num_events=2), cluster, tmp_path, losses)
     assert outcome.faults == [], outcome
