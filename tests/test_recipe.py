@@ -143,7 +143,11 @@ def test_a_relative_input_needs_a_root(recipe_path: Path) -> None:
         ('name = "t"', 'nam = "t"', r"t.toml: nam \(unknown\) must be name, run_dir or \[\[step\]\]; remove it"),
         ('name = "t"', "name = 3", r"t.toml: name \(3\) must be a string; add it"),
         ('name = "t"', 'name = "t', r"recipe \(.*t.toml\) must be valid TOML \(.*\); correct the file"),
-        ('stage = "clean"', 'stage = "wash"', r"stage \(wash\) must be one of clean, tokenizer, tokenize, train"),
+        (
+            'stage = "clean"',
+            'stage = "wash"',
+            r"stage \(wash\) must be one of clean, tokenizer, tokenize, tokenize_chat, tr",
+        ),
         (
             'stage = "clean"',
             'stage = "clean"\nfoo = 1',

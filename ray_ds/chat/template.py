@@ -36,7 +36,7 @@ Message = Mapping[str, Any]
 class _Generation(Extension):
     """`{% generation %}`, with which Hugging Face's templates mark answers: what is in it is rendered as it is."""
 
-    tags = {"generation"}
+    tags = {"generation"}  # noqa: RUF012  # jinja declares it so
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
         """Return what lies between the tags."""

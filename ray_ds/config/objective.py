@@ -19,7 +19,7 @@ class NextToken:
 
 @settings
 class Dpo:
-    """Direct preference optimisation (arXiv 2305.18290) on pairs of answers; its reference is the model at the start."""
+    """Direct preference optimisation (arXiv 2305.18290) on pairs of answers; its reference is the first model."""
 
     kind: Literal["dpo"]
     """Selects this objective."""

@@ -5,7 +5,9 @@ answer's, which alone is learnt (`loss_mask`).
 """
 
 import time
+from collections.abc import Iterable, Mapping
 from functools import partial
+from typing import Any
 
 from pydantic import JsonValue
 
@@ -56,16 +58,16 @@ def tokenize_chat(settings: TokenizeChatSettings, run: StageRun) -> Artifact:
         step=run.step,
         max_running=settings.max_running_units,
     )
-    facts: dict[str, JsonValue] = {
+    parts: Mapping[str, Mapping[str, Any]] = {commit.unit: commit.facts for commit in commits}
+    counts = {name: sum_splits(part[name] for part in parts.values()) for name in ("documents", "tokens", "targets")}
+    check_counts(counts["documents"], settings, run.step)
+    facts = {
         "vocab_size": tokenizer.fact("vocab_size"),
         "tokenizer_digest": tokenizer.digest,
         ROW_KIND: settings.task,
-        SHARD_TOKENS: count_shards({commit.unit: commit.facts for commit in commits}),  # type: ignore[dict-item]
+        **counts,
+        SHARD_TOKENS: count_shards(parts),
     }
-    for name in ("documents", "tokens", "targets"):
-        counts = {split: sum(int(commit.facts[name][split]) for commit in commits) for split in SPLITS}  # type: ignore[index, call-overload, arg-type]
-        facts[name] = dict(counts)
-        check_counts(counts, settings, run.step)
     storage.write_bytes(run.path("tokenizer.json"), storage.read_bytes(job.tokenizer_uri))
     storage.write_bytes(run.path(TEMPLATE_FILE), template.encode())
     return run.commit(facts, seconds=time.monotonic() - started, sources=sources)
@@ -88,10 +90,16 @@ def _tokenize_unit(file: tuple[str, SourceFile], publish: Publish, job: ChatJob)
     return tokenize_chat_file(file, publish, job)
 
 
-def check_counts(counts: dict[str, int], settings: TokenizeChatSettings, step: str) -> None:
+def sum_splits(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    """Return the sums over files of what they have of each split."""
+    listed = list(counts)
+    return {split: sum(of_file[split] for of_file in listed) for split in SPLITS}
+
+
+def check_counts(documents: Mapping[str, int], settings: TokenizeChatSettings, step: str) -> None:
     """Make sure that no split is empty."""
     for split in SPLITS:
-        if not counts[split]:
+        if not documents[split]:
             raise ConfigError(
                 f"{step}.validation_fraction",
                 settings.validation_fraction,

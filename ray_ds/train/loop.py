@@ -165,7 +165,7 @@ class TrainLoop:
         )
 
     def _forward_backward(self, number: int) -> Tensor:
-        """Add up the gradient of this process's micro-batches and return their summed loss and figures, (1 + F,), fp64."""
+        """Add up the gradient of this process's micro-batches; return their summed loss and figures, (1 + F,), fp64."""
         sums = torch.zeros(1 + len(self.objective.figures), dtype=torch.double, device=self.host.device)
         self._terms = self.batches.terms(self.cursor)
         with self.profiler.phase("forward_backward"):

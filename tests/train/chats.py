@@ -18,7 +18,7 @@ from tests.train.runs import SMALL, VOCAB_SIZE, make_settings
 
 
 def write_chats(folder: Path, kind: RowKind) -> None:
-    """Write two shards a split: a prompt of some tokens, then an answer that counts upwards (a worse one: downwards)."""
+    """Write two shards a split: a prompt of some tokens, then an answer that counts up (a worse one: down)."""
     rng = np.random.default_rng(1)
     for split in ("train", "validation"):
         for shard in range(2):

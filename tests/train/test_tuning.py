@@ -36,9 +36,7 @@ def make_task(folder: Path, case: str, name: str, **changes: Any) -> TrainTask:
     return tuning_task(folder, settings, kind, f"{case}-{name}", teacher=teacher)
 
 
-@pytest.mark.shows(
-    "Fine-tuning by any objective, stopped and resumed with other workers, has an undisturbed run's losses"
-)
+@pytest.mark.shows("Fine-tuning of any kind, stopped and resumed with other workers, has an undisturbed run's losses")
 @pytest.mark.parametrize("case", CASES)
 def test_stopped_tuning_goes_on_with_other_workers(tmp_path: Path, case: str) -> None:
     whole, stopped = make_task(tmp_path, case, "whole"), make_task(tmp_path, case, "stopped")
