@@ -6,6 +6,10 @@ from ray_ds.config.rope import RopeScaling
 from ray_ds.config.settings import settings
 from ray_ds.errors import ConfigError
 
+Kernels = Literal["auto", "plain", "fast"]
+"""How a decoder computes: `plain` by obvious steps, `fast` by fused kernels that never wait for the device, `auto` by
+what is faster on the device it is on."""
+
 MLA_FIELDS = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 """Fields of multi-head latent attention alone."""
 
@@ -202,11 +206,6 @@ class ModelConfig:
         if not self.n_routed_experts:
             return 0
         return self.num_hidden_layers - self.first_k_dense_replace + self.num_nextn_predict_layers
-
-    @property
-    def num_cached_layers(self) -> int:
-        """Layers that look back at earlier tokens, those of multi-token prediction included."""
-        return self.num_hidden_layers + self.num_nextn_predict_layers
 
     @property
     def has_router_bias(self) -> bool:

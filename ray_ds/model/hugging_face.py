@@ -13,7 +13,6 @@ from torch import Tensor
 
 from ray_ds.config.model import GQA_FIELDS, ModelConfig
 from ray_ds.errors import ArtifactError
-from ray_ds.model.layers import RMS_NORM_EPS
 
 STACKED = re.compile(r"(.+\.mlp\.experts)\.(gate_up_proj|down_proj)")
 SINGLE = re.compile(r"(.+\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
@@ -22,7 +21,6 @@ FIXED_FIELDS: Mapping[str, Any] = {
     "architectures": ["DeepseekV3ForCausalLM"],
     "model_type": "deepseek_v3",
     "hidden_act": "silu",
-    "rms_norm_eps": RMS_NORM_EPS,
     "rope_interleave": True,
     "attention_bias": False,
     "attention_dropout": 0.0,
@@ -32,7 +30,7 @@ FIXED_FIELDS: Mapping[str, Any] = {
 }
 """What our decoder always is."""
 
-MUST_MATCH = ("model_type", "hidden_act", "rms_norm_eps", "rope_interleave", "attention_bias", "moe_layer_freq")
+MUST_MATCH = ("model_type", "hidden_act", "rope_interleave", "attention_bias", "moe_layer_freq")
 
 
 def to_hf_config(

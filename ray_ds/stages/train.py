@@ -127,6 +127,9 @@ def check_row_kind(shards: TokenShards, settings: TrainSettings, step: str) -> R
     if (kind == "preference") != (settings.objective.kind == "dpo"):
         allowed = "must be dpo on preference shards, and only there; these are " + kind
         raise ConfigError(f"{step}.objective.kind", settings.objective.kind, allowed, "name other shards in `from`")
+    if settings.document_mask and kind != "stream":
+        allowed = "has no effect on conversations, which never see each other"
+        raise ConfigError(f"{step}.document_mask", True, allowed, "remove it")
     return kind
 
 

@@ -1,7 +1,5 @@
 """Distillation (arXiv 1503.02531): a model learns what a larger one says, not only what the text says."""
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
@@ -19,7 +17,7 @@ class DistillObjective(Objective):
     (arXiv 1503.02531, section 2). The teacher is whole on every process.
     """
 
-    figures: ClassVar[tuple[str, ...]] = ("kl", "cross_entropy")
+    figures = ("kl", "cross_entropy")
 
     def __init__(self, decoder: Decoder, settings: Distill, teacher: Decoder) -> None:
         super().__init__(decoder)

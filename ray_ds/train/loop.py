@@ -15,6 +15,7 @@ from ray_ds.config.model_size import flops_per_token
 from ray_ds.data.rows import Rows, open_rows
 from ray_ds.logs import log_event
 from ray_ds.model.balance import expert_load, reset_expert_load, update_router_bias
+from ray_ds.model.documents import number_documents
 from ray_ds.train.agreement import Agreement, Word
 from ray_ds.train.bad_steps import BadSteps
 from ray_ds.train.batches import Batches, open_split, validation_batches
@@ -33,6 +34,7 @@ from ray_ds.train.metrics import (
     peak_memory,
     summarise,
 )
+from ray_ds.train.objective import MicroBatch
 from ray_ds.train.profile import StepProfiler
 from ray_ds.train.safekeeping import Progress, Safekeeping
 from ray_ds.train.schedule import lr_factor
@@ -173,9 +175,15 @@ class TrainLoop:
                 self.host.beat(f"step {number} micro-batch {place + 1}")
                 if batch.index is not None:
                     _seed(self.settings.seed, self.cursor, batch.index)
-                sums += self.engine.forward_backward(batch, terms=self._terms)
+                sums += self.engine.forward_backward(self._masked(batch), terms=self._terms)
         self.host.beat(f"step {number} gradients")
         return sums
+
+    def _masked(self, batch: MicroBatch) -> MicroBatch:
+        """Return a stream's rows with the numbers of their documents, where attention is to stay within these."""
+        if not self.settings.document_mask:
+            return batch
+        return batch._replace(segments=number_documents(batch.tokens, self.task.bos_token_id))
 
     def _update(self, number: int, agreement: Agreement, started: float) -> Word | None:
         """Update the weights and make the step's record; return the common word, or None where it was rolled back."""
@@ -185,7 +193,10 @@ class TrainLoop:
             if self.settings.bad_loss == "fail":  # a bad step is the last, so the device need not wait for the verdict
                 result = self.engine.step(factor)
             sums, word = agreement.read()
-            loss, *means = (total / self._terms for total in sums)
+            means = [total / self._terms for total in sums]
+            names = ("loss", *self.objective.figures)  # an objective may say what is to be called its loss
+            figures: dict[str, float | int | bool] = dict(zip(names, means, strict=True))
+            loss = float(figures["loss"])
             reason = self.bad_steps.judge(loss)
             if reason is not None and result is None:
                 self.engine.skip_step()
@@ -201,8 +212,7 @@ class TrainLoop:
             if self.settings.bad_loss == "roll_back":
                 self._roll_back()
                 return None
-        figures: dict[str, float | int | bool] = {"loss": loss, "lr": self.settings.optimizer.lr * factor}
-        figures |= dict(zip(self.objective.figures, means, strict=True))
+        figures["lr"] = self.settings.optimizer.lr * factor
         if self.task.rows != "stream":
             figures["terms"] = self._terms
         if reason is not None or result is None:
@@ -231,8 +241,8 @@ class TrainLoop:
         """Move the routers' biases by the load of all processes; return its figures."""
         if not load.numel():
             return {}
-        assert self.settings.router_bias_speed is not None, "settings fill it in for a model with experts"
-        update_router_bias(self.decoder, load, self.settings.router_bias_speed)
+        if self.settings.router_bias_speed is not None:  # settings fill it in where routers have a bias
+            update_router_bias(self.decoder, load, self.settings.router_bias_speed)
         return load_figures(load)
 
     def _take_expert_load(self) -> Tensor:
@@ -278,7 +288,7 @@ class TrainLoop:
         world = {"rank": self.host.rank, "world_size": self.host.world_size}
         for batch in validation_batches(self.validation, self.settings, device=self.host.device, **world):
             self.host.beat("validation")
-            sums[0] += self.engine.loss(batch)
+            sums[0] += self.engine.loss(self._masked(batch))
             sums[1] += batch.terms
         dist.all_reduce(sums)
         return float(sums[0] / sums[1])

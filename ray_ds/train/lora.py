@@ -62,8 +62,9 @@ def add_adapters(decoder: Decoder, lora: Lora, seed: int) -> None:
 
 
 def linear_names(decoder: Decoder) -> list[str]:
-    """Return the names of a decoder's linear layers in order."""
-    return [name for name, module in decoder.named_modules() if isinstance(module, nn.Linear)]
+    """Return the names of a decoder's linear layers in order, but for the output projection."""
+    names = [name for name, module in decoder.named_modules() if isinstance(module, nn.Linear)]
+    return [name for name in names if name != "lm_head"]  # it computes the loss, not only logits
 
 
 def merge_adapters(state: Mapping[str, Tensor], lora: Lora) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

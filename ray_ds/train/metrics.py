@@ -31,6 +31,8 @@ FIELDS: Mapping[str, str] = {
     "reward_rejected": "DPO: mean reward of the worse answers",
     "kl": "Distillation: KL(teacher || student) at the temperature, nats a target",
     "cross_entropy": "Distillation: cross-entropy of the next token, nats a target",
+    "prediction_loss": "Loss of multi-token prediction, nats a token, the mean of its modules; not part of `loss`",
+    "balance_loss": "Sequence-wise imbalance of the experts, summed over layers, each at 1 where even",
     "lr": "Learning rate of the first group",
     "grad_norm": "Norm of the gradient before clipping",
     "seconds": "Duration of the step",

@@ -1,11 +1,11 @@
 """What training minimises: a module around the decoder, which the loop and DeepSpeed know as nothing else."""
 
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ray_ds.model.decoder import Decoder
+from ray_ds.model.decoder import Decoder, LossWeights
 
 
 class MicroBatch(NamedTuple):
@@ -28,8 +28,9 @@ class Objective(nn.Module):
     A model that is only asked (a reference, a teacher) is no submodule, so that it is neither trained nor partitioned.
     """
 
-    figures: ClassVar[tuple[str, ...]] = ()
-    """Names of what `forward` returns behind the loss; each becomes a figure of the step, divided as the loss is."""
+    figures: tuple[str, ...] = ()
+    """Names of what `forward` returns behind the loss; each becomes a figure of the step, divided as the loss is. One
+    called `loss` is shown in place of what is minimised."""
 
     def __init__(self, decoder: Decoder) -> None:
         super().__init__()
@@ -44,16 +45,26 @@ class Objective(nn.Module):
 
 
 class NextTokenObjective(Objective):
-    """Cross-entropy in nats, summed over the targets."""
+    """Cross-entropy in nats, summed over the targets; in training also what the decoder's weights add to it."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        super().__init__(decoder)
+        self._has_extra = decoder.weights != LossWeights()
+        self.figures = ("loss", "prediction_loss", "balance_loss") if self._has_extra else ()
 
     def forward(self, tokens: Tensor, targets: Tensor, segments: Tensor | None) -> Tensor:
-        """Return the sum, (1,)."""
-        loss: Tensor = self.decoder(tokens, targets, segments=segments)
-        return loss.float().reshape(1)
+        """Return what is minimised, and where more than the cross-entropy is, that and the raw other losses."""
+        total: Tensor = self.decoder(tokens, targets, segments=segments)
+        if not self._has_extra:
+            return total.float().reshape(1)
+        weights, extra = self.decoder.weights, self.decoder.extra_losses
+        prediction, balance = extra if extra is not None and self.training else torch.zeros(2, device=total.device)
+        plain = total.detach() - weights.prediction * prediction - weights.balance * balance
+        return torch.stack((total, plain, prediction, balance))
 
 
 def token_logits(decoder: Decoder, tokens: Tensor, segments: Tensor | None) -> Tensor:
     """Return logits of whole rows, (B * T, V), in the decoder's type."""
-    hidden = decoder.model(tokens, None, segments)  # (B, T, D)
+    hidden, _ = decoder.model(tokens, *decoder.model.surroundings(tokens, segments))  # (B, T, D)
     logits: Tensor = decoder.lm_head(hidden)  # (B, T, V)
     return torch.flatten(logits, 0, 1)

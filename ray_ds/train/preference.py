@@ -1,7 +1,5 @@
 """Direct preference optimisation (arXiv 2305.18290)."""
 
-from typing import ClassVar
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -21,7 +19,7 @@ class DpoObjective(Objective):
     smoothed form is "conservative DPO", E. Mitchell 2023).
     """
 
-    figures: ClassVar[tuple[str, ...]] = ("reward_margin", "reward_accuracy", "reward_chosen", "reward_rejected")
+    figures = ("reward_margin", "reward_accuracy", "reward_chosen", "reward_rejected")
 
     def __init__(self, decoder: Decoder, settings: Dpo, reference: Decoder) -> None:
         super().__init__(decoder)

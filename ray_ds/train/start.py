@@ -7,7 +7,7 @@ import torch
 
 from ray_ds.config.objective import Distill, Dpo
 from ray_ds.model.checkpoint_folder import load_checkpoint_folder
-from ray_ds.model.decoder import Decoder
+from ray_ds.model.decoder import Decoder, LossWeights
 from ray_ds.model.initial import init_weights
 from ray_ds.model.local_folder import local_model_folder
 from ray_ds.train.distillation import DistillObjective
@@ -27,7 +27,12 @@ def make_objective(task: TrainTask, device: torch.device) -> Objective:
         ConfigError: an adapter's pattern names no layer.
     """
     settings = task.settings
-    decoder = Decoder(task.config, recompute_activations=settings.recompute_activations)
+    decoder = Decoder(
+        task.config,
+        recompute_activations=settings.recompute_activations,
+        kernels=settings.kernels,
+        weights=LossWeights(prediction=settings.prediction_weight or 0.0, balance=settings.balance_weight or 0.0),
+    )
     if task.init_from is None:
         init_weights(decoder, settings.seed)
     else:

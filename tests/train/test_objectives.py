@@ -170,7 +170,5 @@ def test_merged_adapters_are_the_unmerged_model() -> None:
 
 
 def test_a_pattern_that_names_no_layer_is_refused() -> None:
-    with pytest.raises(
-        ConfigError, match=r"lora.modules \(\*.qproj\) must name linear layers of the model: down_"
-    ):
+    with pytest.raises(ConfigError, match=r"lora.modules \(\*.qproj\) must name linear layers of the model: down_"):
         add_adapters(new_decoder(0), Lora(modules=("*.qproj",)), seed=0)
