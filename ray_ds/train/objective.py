@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ray_ds.model.decoder import Decoder, LossWeights
+from ray_ds.model.decoder import Decoder
 
 
 class MicroBatch(NamedTuple):
@@ -49,18 +49,20 @@ class NextTokenObjective(Objective):
 
     def __init__(self, decoder: Decoder) -> None:
         super().__init__(decoder)
-        self._has_extra = decoder.weights != LossWeights()
-        self.figures = ("loss", "prediction_loss", "balance_loss") if self._has_extra else ()
+        weights = {"prediction_loss": decoder.weights.prediction, "balance_loss": decoder.weights.balance}
+        self._weights = weights
+        others = [name for name, weight in weights.items() if weight]
+        self.figures = ("loss", *others) if others else ()
 
     def forward(self, tokens: Tensor, targets: Tensor, segments: Tensor | None) -> Tensor:
         """Return what is minimised, and where more than the cross-entropy is, that and the raw other losses."""
         total: Tensor = self.decoder(tokens, targets, segments=segments)
-        if not self._has_extra:
+        if not self.figures:
             return total.float().reshape(1)
-        weights, extra = self.decoder.weights, self.decoder.extra_losses
-        prediction, balance = extra if extra is not None and self.training else torch.zeros(2, device=total.device)
-        plain = total.detach() - weights.prediction * prediction - weights.balance * balance
-        return torch.stack((total, plain, prediction, balance))
+        extra = self.decoder.extra_losses if self.training else None  # (2,)
+        raw = dict(zip(self._weights, total.new_zeros(2) if extra is None else extra, strict=True))
+        plain = total.detach() - sum(weight * raw[name] for name, weight in self._weights.items())
+        return torch.stack((total, plain, *(raw[name] for name in self.figures[1:])))
 
 
 def token_logits(decoder: Decoder, tokens: Tensor, segments: Tensor | None) -> Tensor:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ray_ds.config.objective import Distill, Dpo, Lora
 from ray_ds.errors import ConfigError
-from ray_ds.model.decoder import Decoder
+from ray_ds.model.decoder import Decoder, LossWeights
 from ray_ds.model.initial import init_weights
 from ray_ds.model.loss import IGNORED_TARGET
 from ray_ds.train.distillation import DistillObjective, summed_kl
@@ -77,6 +77,20 @@ def test_packed_documents_cost_what_they_cost_alone() -> None:
     check_gradients(gradients(decoder, found[0]), gradients(decoder, expected))
 
 
+def test_other_losses_are_minimised_and_shown_beside_the_loss() -> None:
+    tokens, targets, segments, _ = packed_rows()
+    plain = new_decoder(1)
+    weighted = Decoder(plain.config, weights=LossWeights(balance=0.5))
+    weighted.load_state_dict(plain.state_dict())
+    objective = NextTokenObjective(weighted)
+    total, loss, balance = objective(tokens, targets, segments)
+    assert objective.figures == ("loss", "balance_loss") and float(balance) > 0
+    torch.testing.assert_close(loss, NextTokenObjective(plain)(tokens, targets, segments)[0].detach())
+    torch.testing.assert_close(total.detach(), loss + 0.5 * balance)
+    objective.eval()
+    assert float(objective(tokens, targets, segments)[0]) == pytest.approx(float(loss), rel=1e-6)
+
+
 @pytest.mark.shows("DPO's loss and gradient are those of the paper's equation 7")
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 def test_dpo_is_equation_7(smoothing: float) -> None:
@@ -90,7 +104,7 @@ def test_dpo_is_equation_7(smoothing: float) -> None:
     expected = (-(1 - smoothing) * prob.log() - smoothing * (1 - prob).log()).sum()
     torch.testing.assert_close(sums[0].double(), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(sums[1].double(), margins.sum(), rtol=1e-4, atol=1e-4)
-    assert float(sums[2]) == int((margins > 0).sum())
+    assert float(sums[2].detach()) == int((margins.detach() > 0).sum())
     found = gradients(decoder, sums[0])
     # The paper's gradient, -beta * sigmoid(-margin) * (grad better - grad worse), with s of the pairs turned round.
     weights = (1 - smoothing) * (1 - prob) - smoothing * prob
