@@ -134,19 +134,21 @@ class Corpus(Artifact):
 
 
 class Tokenizer(Artifact):
-    """A byte-level BPE: `tokenizer.json`."""
+    """A byte-level BPE: `tokenizer.json`, and `chat_template.jinja` where it came with one."""
 
     kind = "Tokenizer"
 
 
 class TokenShards(Artifact):
-    """Token ids: `train/*.arrow`, `validation/*.arrow` and a copy of `tokenizer.json`."""
+    """Token ids: `train/*.arrow`, `validation/*.arrow` and a copy of `tokenizer.json`; of conversations also
+    `chat_template.jinja`, and in the shards which tokens are learnt."""
 
     kind = "TokenShards"
 
 
 class Checkpoint(Artifact):
-    """A trained model: `model/` in Hugging Face's layout with `tokenizer.json`, `metrics.jsonl`, `curve.png`."""
+    """A trained model: `model/` in Hugging Face's layout with `tokenizer.json`, `metrics.jsonl`, `curve.png`; with LoRA
+    also `adapter/` in PEFT's."""
 
     kind = "Checkpoint"
 
