@@ -141,6 +141,8 @@ def argument_parser() -> argparse.ArgumentParser:
     )
     sample = commands.add_parser("sample-text", help="write real text from installed packages as jsonl.gz")
     sample.add_argument("folder")
+    chats = commands.add_parser("sample-chats", help="write questions and answers from installed packages as jsonl.gz")
+    chats.add_argument("folder")
     return parser
 
 
@@ -292,6 +294,11 @@ def _export_command(options: argparse.Namespace, _: Sequence[str]) -> int:
     return _print_lines([target])
 
 
+def _sample_chats_command(options: argparse.Namespace, _: Sequence[str]) -> int:
+    load_object("ray_ds.data.sample_chats:write_sample_chats")(str(Path(options.folder).resolve()))
+    return 0
+
+
 def _sample_text_command(options: argparse.Namespace, _: Sequence[str]) -> int:
     load_object("ray_ds.data.sample_text:write_sample_text")(str(Path(options.folder).resolve()))
     return 0
@@ -310,5 +317,6 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace, Sequence[str]], int]] = {
     "import": _import_command,
     "export": _export_command,
     "sample-text": _sample_text_command,
+    "sample-chats": _sample_chats_command,
 }
-_WITHOUT_RECIPE = ("trace", "scores", "generate", "verify", "import", "export", "sample-text")
+_WITHOUT_RECIPE = ("trace", "scores", "generate", "verify", "import", "export", "sample-text", "sample-chats")

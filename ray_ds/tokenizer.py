@@ -73,6 +73,18 @@ class BpeTokenizer:
         self.bos_id, self.eos_id, self.pad_id = special_ids.bos_id, special_ids.eos_ids[0], special_ids.pad_id
         self.stop_ids = frozenset((special_ids.bos_id, *special_ids.eos_ids))
         """The ids that end an answer: no document goes on behind them."""
+        self.special_ids = {token.content: i for i, token in tokenizer.get_added_tokens_decoder().items()}
+        """Ids of the tokens that no text is encoded to, by their names."""
+
+    @property
+    def bos_token(self) -> str:
+        """Name of the token that starts a document."""
+        return str(self._tokenizer.id_to_token(self.bos_id))
+
+    @property
+    def eos_token(self) -> str:
+        """Name of the token that ends an answer."""
+        return str(self._tokenizer.id_to_token(self.eos_id))
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text, without special tokens."""

@@ -21,6 +21,7 @@ FLOORS = {
     "tokenizer_files": 1,
     "plan": 2,
     "tokenizer": 2,
+    "chat": 2,
     "data": 2,
     "model": 2,
     "train": 2,
@@ -39,6 +40,7 @@ FLOORS = {
 SIDEWAYS = {
     ("train", "model"),
     ("train", "data"),
+    ("train", "chat"),
     ("evaluate", "model"),
     ("evaluate", "tokenizer"),
     ("evaluate", "data"),
@@ -47,11 +49,15 @@ SIDEWAYS = {
     ("quantize", "data"),
     ("quantize", "evaluate"),
     ("exchange", "model"),
+    ("plan", "model"),
     ("exchange", "tokenizer"),
     ("serve", "model"),
     ("serve", "quantize"),
     ("serve", "tokenizer"),
     ("data", "tokenizer"),
+    ("data", "chat"),
+    ("chat", "tokenizer"),
+    ("serve", "chat"),
 }
 PLACES = {
     "ray": ("on_ray/", "stages/", "submit.py", "verify/"),

@@ -1,8 +1,13 @@
 """From a recipe's train steps to what a plan is about."""
 
+import json
+
+from ray_ds import storage
 from ray_ds.artifacts import TokenShards, open_artifact
+from ray_ds.config.import_hf import ImportSettings
+from ray_ds.config.model import ModelConfig
 from ray_ds.config.train import TrainSettings
-from ray_ds.errors import ConfigError
+from ray_ds.errors import ArtifactError, ConfigError
 from ray_ds.plan.case import Case, case_of
 from ray_ds.recipe import Recipe, Step
 
@@ -28,8 +33,38 @@ def step_case(step: Step, world_size: int | None) -> Case:
         world_size: workers, if not the most that the settings allow.
     """
     settings: TrainSettings = step.settings
-    config = settings.model.resolve(vocab_size(step), settings.seq_len)
-    return case_of(settings, config, world_size or settings.max_workers)
+    return case_of(settings, step_model(step), world_size or settings.max_workers)
+
+
+def step_model(step: Step) -> ModelConfig:
+    """Return the model that a train step trains: its own, or that of the checkpoint it starts from.
+
+    Raises:
+        ArtifactError: the checkpoint's `config.json` is missing or damaged.
+    """
+    settings: TrainSettings = step.settings
+    if settings.model is not None:
+        return settings.new_model(vocab_size(step))
+    start = step.named["init_from"]
+    if isinstance(start, Step) and _trains(start):
+        return step_model(start)
+    if isinstance(start, Step):
+        assert isinstance(start.settings, ImportSettings), "only training and imports make checkpoints"
+        return _read_model(start.settings.path)
+    return _read_model(storage.join(start, "model"))
+
+
+def _read_model(folder: str) -> ModelConfig:
+    """Return the model that a folder's `config.json` describes."""
+    from ray_ds.model.hugging_face import from_hf_config  # its package brings torch, which no other plan needs
+
+    uri = storage.join(folder, "config.json")
+    try:
+        return from_hf_config(json.loads(storage.read_bytes(uri)))
+    except FileNotFoundError as error:
+        raise ArtifactError(uri, "missing", "must be there", "copy or make it again") from error
+    except ValueError as error:
+        raise ArtifactError(uri, str(error), "must be JSON", "copy or make it again") from error
 
 
 def vocab_size(step: Step) -> int:
