@@ -51,6 +51,9 @@ class TrainSettings:
     """Tokens to train on, rounded up to whole steps; either this or `steps`."""
     precision: Precision = "bf16"
     """Type of weights and activations; the optimizer keeps fp32 masters. fp16 scales the loss dynamically."""
+    fp8: bool = False
+    """Whether the layers' linear products are in FP8, with bf16 only: faster on GPUs from compute capability 8.9 on
+    (Hopper, Ada). Embedding, output projection, experts, router, norms and attention stay in bf16."""
     zero_stage: Literal[0, 1, 2, 3] = 1
     """What DeepSpeed partitions over workers: 1 optimizer state, 2 also gradients, 3 also weights."""
     optimizer: Optimizer = field(default_factory=lambda: AdamW(kind="adamw"))
@@ -154,6 +157,7 @@ class TrainSettings:
         self._check_grid()
         self._check_muon()
         self._check_fp16()
+        self._check_fp8()
 
     def _fill_for_model(self, config: ModelConfig) -> None:
         """Give what concerns experts and multi-token prediction its default, or refuse it where it has no effect."""
@@ -271,6 +275,13 @@ class TrainSettings:
         if self.precision == "fp16" and self.zero_stage == 0:
             allowed = "must be 1, 2 or 3 with fp16: DeepSpeed does not scale the loss in ZeRO 0"
             raise ConfigError("zero_stage", self.zero_stage, allowed, "use 1, or precision bf16")
+
+    def _check_fp8(self) -> None:
+        """Refuse FP8 beside what it is not made for."""
+        if self.fp8 and self.precision != "bf16":
+            raise ConfigError("fp8", True, f"must be off with precision {self.precision}", "use bf16, or remove it")
+        if self.fp8 and self.lora is not None:
+            raise ConfigError("fp8", True, "must be off with lora, whose adapters are small", "remove one of them")
 
     @property
     def worker_range(self) -> tuple[int, int]:
