@@ -16,7 +16,7 @@ BARE_ADAMW_BYTES = 16
 
 
 @pytest.mark.parametrize("run", TRAINED, ids=lambda run: run.name)
-@pytest.mark.shows("The plan's tokens per second are within 20 % of what one H200 was measured at")
+@pytest.mark.shows("The tokens per second that a plan was fitted to, on one H200, are within 20 % of what it says")
 def test_training_as_measured(run: Run) -> None:
     assert speed_of(run.case, H200).tokens_per_s == pytest.approx(run.tokens_per_s, rel=0.2)
 
