@@ -27,7 +27,7 @@ from ray_ds.errors import ArtifactError, ConfigError, InputError
 from ray_ds.evaluate.bleu import check_sacrebleu
 from ray_ds.evaluate.compression import conditional_bits_per_byte, xz_bytes
 from ray_ds.evaluate.continuations import Key
-from ray_ds.evaluate.models import MODEL_FOLDER, load_model
+from ray_ds.evaluate.models import load_model
 from ray_ds.evaluate.ngrams import BLOCK_TOKENS, bigram_nats, fit_bigram
 from ray_ds.evaluate.outcomes import OUTCOMES_FILE, Outcome, write_outcomes
 from ray_ds.evaluate.perplexity import Score, bits_per_byte, micro_batches, sum_loss
@@ -37,6 +37,7 @@ from ray_ds.evaluate.tables import report_rows
 from ray_ds.evaluate.task_files import fingerprint_tasks
 from ray_ds.evaluate.tasks import AskedTask, Batch, Result, ask_task, judge, plan_work, run_batch, score_task
 from ray_ds.logs import Progress, log_table
+from ray_ds.model.local_folder import MODEL_FOLDER
 from ray_ds.on_ray.preflight import check_cluster
 from ray_ds.on_ray.user_errors import user_errors
 from ray_ds.tokenizer import load_tokenizer
