@@ -25,8 +25,9 @@ from ray_ds.evaluate.continuations import (
     score_rows,
 )
 from ray_ds.evaluate.generation import Prompt, batch_prompts, fit_prompt, write_answers
-from ray_ds.evaluate.models import MODEL_FOLDER, load_model
+from ray_ds.evaluate.models import load_model
 from ray_ds.model.decoder import Decoder
+from ray_ds.model.local_folder import MODEL_FOLDER
 from ray_ds.tokenizer import BpeTokenizer, load_tokenizer
 
 DEFAULT_NEW_TOKENS = 256
