@@ -14,6 +14,7 @@ from ray_ds.model.initial import init_weights
 from ray_ds.plan import states as states_module
 from ray_ds.plan.case import Case, case_of
 from ray_ds.plan.states import States, states_of
+from ray_ds.train.objective import MicroBatch, NextTokenObjective
 from tests.plan.live_memory import LiveMemory
 from tests.train.runs import make_settings
 from tests.train.zero.worlds import run_world
@@ -98,15 +99,17 @@ def run_two_steps(settings: TrainSettings, world_size: int, engine_module: Any, 
     decoder = Decoder(settings.model.resolve(VOCAB_SIZE, SEQ_LEN))
     init_weights(decoder, 0)
     memory.take_peak()
-    engine = engine_module.Engine(decoder, settings, device=torch.device("cpu"), world_size=world_size)
+    engine = engine_module.Engine(
+        NextTokenObjective(decoder), settings, device=torch.device("cpu"), world_size=world_size
+    )
     started = memory.take_peak()
     tokens = torch.randint(VOCAB_SIZE, (MICRO_BATCH, SEQ_LEN))
     for _ in range(2):
         kept = memory.now
-        engine.forward_backward(tokens, tokens)
+        engine.forward_backward(MicroBatch(tokens, tokens, index=0), terms=settings.batch_tokens)
         after_first = memory.now
         memory.take_peak()
-        engine.forward_backward(tokens, tokens)
+        engine.forward_backward(MicroBatch(tokens, tokens, index=0), terms=settings.batch_tokens)
         reducing = memory.take_peak()
         engine.step(1.0)
         updating = memory.take_peak()
