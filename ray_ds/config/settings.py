@@ -3,8 +3,8 @@
 import dataclasses
 import json
 import typing
-from collections.abc import Iterator, Mapping
-from typing import Any, TypeVar, dataclass_transform
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Annotated, Any, TypeVar, dataclass_transform
 
 import pydantic
 from pydantic import ConfigDict, JsonValue, TypeAdapter
@@ -30,6 +30,26 @@ def settings(cls: type[T]) -> type[T]:
     """Make `cls` a frozen, keyword-only dataclass that refuses unknown fields and knows its fields' docstrings."""
     cls.__pydantic_config__ = ConfigDict(extra="forbid", use_attribute_docstrings=True)  # type: ignore[attr-defined]
     return dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+
+
+def with_optional_fields_of(source: type[Any], *, without: Sequence[str]) -> Callable[[type[T]], type[T]]:
+    """Return a decorator, to stand below `settings`, that gives a class another's fields, absent (None) by default.
+
+    Args:
+        source: a settings class; types and docstrings are its fields'.
+        without: fields that are left out.
+    """
+
+    def add_fields(cls: type[T]) -> type[T]:
+        hints, docs = typing.get_type_hints(source, include_extras=True), field_docs(source)
+        for field in dataclasses.fields(source):
+            if field.name not in without:
+                parts = (hints[field.name] | None, pydantic.Field(description=docs[field.name]))
+                cls.__annotations__[field.name] = Annotated.__class_getitem__(parts)  # type: ignore[attr-defined]
+                setattr(cls, field.name, None)
+        return cls
+
+    return add_fields
 
 
 def _adapter(cls: type[Any]) -> TypeAdapter[Any]:

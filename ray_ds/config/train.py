@@ -6,7 +6,8 @@ from typing import Annotated, Literal
 import pydantic
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from ray_ds.config.model import ModelSettings
+from ray_ds.config.model import Kernels, ModelConfig
+from ray_ds.config.model_settings import ModelSettings
 from ray_ds.config.settings import OUTPUT_UNCHANGED, fill_or_refuse, settings
 from ray_ds.errors import ConfigError
 
@@ -14,6 +15,9 @@ Precision = Literal["fp32", "bf16", "fp16"]
 Fraction = Annotated[float, pydantic.Field(ge=0, lt=1)]
 
 ROUTER_BIAS_SPEED = 1e-3
+BALANCE_WEIGHT = 1e-4
+BALANCE_WEIGHT_ALONE = 1e-3
+PREDICTION_WEIGHT = 0.3
 VALIDATION_TOKENS = 65536
 GROW_PAUSE_S = 30.0
 MAX_BAD_STEPS = 10
@@ -101,6 +105,16 @@ class TrainSettings:
     router_bias_speed: NonNegativeFloat | None = None
     """How much an expert's bias moves a step towards balance (arXiv 2408.15664), for a model with experts only; absent
     = 0.001."""
+    balance_weight: NonNegativeFloat | None = None
+    """Weight of the loss that keeps each row's experts balanced (arXiv 2412.19437, equation 17), for a model with
+    experts only; absent = 0.0001, as DeepSeek-V3, or 0.001, as V2, where its routers have no bias to move."""
+    prediction_weight: PositiveFloat | None = None
+    """Weight of the loss of multi-token prediction, for a model with such modules only; absent = 0.3, DeepSeek-V3's for
+    the first two thirds of its tokens."""
+    document_mask: bool = False
+    """Whether a document in a row sees itself alone, its positions counted from its BOS. Off as in DeepSeek-V3
+    (arXiv 2412.19437, section 4.1): in pretraining it changes little (arXiv 2407.21783, section 3.2) and costs the
+    fastest attention kernels. Turn it on for long rows of unrelated short texts."""
     bad_loss: Literal["fail", "skip", "roll_back"] = "fail"
     """What a bad step does: end the job; leave the weights as they were and go on; or go back to the last regular
     checkpoint and on with the data behind the bad step. A loss that is no number is bad, and so is one above
@@ -134,6 +148,9 @@ class TrainSettings:
     """Steps between progress lines; the metrics file has every step."""
     recompute_activations: Annotated[bool, OUTPUT_UNCHANGED] = False
     """Whether layers run a second time in the backward pass: far less memory for about a third more work."""
+    kernels: Annotated[Kernels, OUTPUT_UNCHANGED] = "auto"
+    """How the model computes: `plain` = obvious steps, to compare with; `fast` = fused kernels that never wait for the
+    device; `auto` = what is faster on the device. The differences are of rounding."""
     compile: Annotated[bool, OUTPUT_UNCHANGED] = False
     """Whether torch.compile makes the model's kernels: slow to start, faster on a GPU."""
     device: Annotated[Literal["auto", "cpu", "cuda"], OUTPUT_UNCHANGED] = "auto"
@@ -163,9 +180,7 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         """Refuse settings that do not fit together or have no effect."""
-        has_experts = self.model.resolve(vocab_size=1, max_position_embeddings=1).num_moe_layers > 0
-        unused = None if has_experts else "has no effect in a dense model"
-        fill_or_refuse(self, "router_bias_speed", ROUTER_BIAS_SPEED, unused=unused)
+        self._fill_for_model(self.model.resolve(vocab_size=1, max_position_embeddings=1))
         unused = None if self.validate_every else "has no effect while validate_every is 0"
         fill_or_refuse(self, "validation_tokens", VALIDATION_TOKENS, unused=unused)
         elastic = None if self.is_elastic else "has no effect with a fixed number of workers"
@@ -181,6 +196,16 @@ class TrainSettings:
         self._check_grid()
         self._check_muon()
         self._check_fp16()
+
+    def _fill_for_model(self, config: ModelConfig) -> None:
+        """Give what concerns experts and multi-token prediction its default, or refuse it in a model without."""
+        dense = None if config.num_moe_layers else "has no effect in a dense model"
+        biased = None if config.has_router_bias else "has no effect where routers have no bias (topk_method noaux_tc)"
+        fill_or_refuse(self, "router_bias_speed", ROUTER_BIAS_SPEED, unused=dense or biased)
+        weight = BALANCE_WEIGHT if config.has_router_bias else BALANCE_WEIGHT_ALONE
+        fill_or_refuse(self, "balance_weight", weight, unused=dense)
+        unused = None if config.num_nextn_predict_layers else "has no effect while num_nextn_predict_layers is 0"
+        fill_or_refuse(self, "prediction_weight", PREDICTION_WEIGHT, unused=unused)
 
     def _check_length(self) -> None:
         """Want exactly one of `steps` and `tokens`, and more steps than the warm-up has."""

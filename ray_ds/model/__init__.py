@@ -1,7 +1,10 @@
-"""The DeepSeek-V3 decoder, dense or with experts, in plain torch.
+"""Decoders in plain torch: DeepSeek's and Llama's, dense or with experts.
 
-The way through it: `decoder.py` (blocks, loss, logits) > `attention.py`, `experts.py` > `caches.py`; then `initial.py`,
-`balance.py`, `hugging_face.py` and `checkpoint_folder.py` for first values, router biases, names and files.
+The way through them: `decoder.py` (loss, logits, drafts) > `backbone.py` (layers) > `block.py` (one layer) >
+`latent_attention.py` or `grouped_attention.py`, `router.py` and `experts.py`. Below these: `attention.py` (softmax
+attention), `rotary.py`, `documents.py` (masks), `caches.py`, `layers.py`, `loss.py`, `prediction.py` (tokens ahead),
+`kernels.py` (plain or fast). Beside them `initial.py`, `balance.py`, `hugging_face.py` and `checkpoint_folder.py` for
+first values, router biases, names and files.
 
 Letters of shapes; a line that changes a shape ends with it:
 
@@ -10,11 +13,11 @@ Letters of shapes; a line that changes a shape ends with it:
     S  cached tokens of a row      I  inner width of an MLP
     N  tokens of a batch, B * T    E  routed experts of a layer
     H  attention heads             K  experts a token chooses
-    V  vocabulary
+    G  heads of keys and values    V  vocabulary
 """
 
 from ray_ds.model.balance import expert_load, max_violation, reset_expert_load, update_router_bias
-from ray_ds.model.caches import LatentCache
+from ray_ds.model.caches import SlotCache
 from ray_ds.model.checkpoint_folder import load_checkpoint_folder, save_checkpoint_folder
 from ray_ds.model.decoder import Decoder
 from ray_ds.model.initial import init_weights
@@ -23,7 +26,7 @@ from ray_ds.model.loss import IGNORED_TARGET
 __all__ = [
     "IGNORED_TARGET",
     "Decoder",
-    "LatentCache",
+    "SlotCache",
     "expert_load",
     "init_weights",
     "load_checkpoint_folder",

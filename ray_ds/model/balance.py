@@ -1,4 +1,4 @@
-"""Keeping routed experts equally busy by moving the router's bias (arXiv 2408.15664), without an auxiliary loss."""
+"""Keeping routed experts equally busy by moving the router's bias (arXiv 2408.15664)."""
 
 import contextlib
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ray_ds.model.decoder import Decoder
-from ray_ds.model.experts import Gate
+from ray_ds.model.router import Gate
 
 
 def _gates(decoder: Decoder) -> Iterator[Gate]:
@@ -48,6 +48,7 @@ def update_router_bias(decoder: Decoder, load: Tensor, speed: float) -> None:
         speed: 0.001 in DeepSeek-V3.
     """
     for gate, counts in zip(_gates(decoder), load, strict=True):
+        assert gate.e_score_correction_bias is not None, "only the routers of topk_method noaux_tc have a bias"
         wide = counts.to(gate.e_score_correction_bias)
         gate.e_score_correction_bias += speed * (wide.mean() - wide).sign()
 

@@ -1,4 +1,4 @@
-"""The cache of latents that decoding reads: one slot a sequence, one small vector a token and layer."""
+"""The cache that decoding reads: one slot a sequence, one vector a token and layer."""
 
 from collections.abc import Sequence
 
@@ -8,19 +8,33 @@ from torch import Tensor
 from ray_ds.config.model import ModelConfig
 
 
-class LatentCache:
-    """Holds, for every layer and token of `num_slots` sequences, the normed latent and the turned key.
+class SlotCache:
+    """Holds a vector for every layer and token of `num_slots` sequences.
+
+    It is the normed latent and the turned key in latent attention, all heads' keys and then values in grouped-query
+    attention.
 
     A slot is one sequence's place. Its owner prefills it, decodes it together with others and clears it; what other
     slots do never touches it.
     """
 
     def __init__(
-        self, config: ModelConfig, num_slots: int, max_len: int, *, dtype: torch.dtype, device: torch.device | str
+        self,
+        config: ModelConfig,
+        num_slots: int,
+        max_len: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        drafts: bool = False,
     ) -> None:
-        """Reserve the memory, `config.cache_bytes_per_token` for each of num_slots * max_len tokens."""
-        width = config.kv_lora_rank + config.qk_rope_head_dim
-        self.latents = torch.zeros(config.num_hidden_layers, num_slots, max_len, width, dtype=dtype, device=device)
+        """Reserve the memory, `cache_bytes_per_token` for each of num_slots * max_len tokens.
+
+        Args:
+            drafts: also for the layers of multi-token prediction, which `Decoder.draft` runs.
+        """
+        layers = config.num_hidden_layers + (config.num_nextn_predict_layers if drafts else 0)
+        self.vectors = torch.zeros(layers, num_slots, max_len, config.cache_width, dtype=dtype, device=device)
         self.max_len = max_len
         self.lengths = [0] * num_slots
         """Tokens held, by slot."""
@@ -43,15 +57,15 @@ class LatentCache:
 class CacheRows:
     """Some slots of a cache, as the rows of one forward pass."""
 
-    def __init__(self, cache: LatentCache, slots: Sequence[int], num_tokens: Sequence[int]) -> None:
+    def __init__(self, cache: SlotCache, slots: Sequence[int], num_tokens: Sequence[int]) -> None:
         assert len(set(slots)) == len(slots) == len(num_tokens), "each row needs a slot of its own"
         starts = [cache.lengths[slot] for slot in slots]
         assert max(starts) + max(num_tokens) <= cache.max_len, "the cache is too short"
-        device = cache.latents.device
+        device = cache.vectors.device
         self.cache = cache
         self.num_tokens = dict(zip(slots, num_tokens, strict=True))
         self.is_decode = max(num_tokens) == 1
-        """Whether each row adds one token, so that attention may read the latents as they are."""
+        """Whether each row adds one token, so that latent attention may read the vectors as they are."""
         self.span = max(start + new for start, new in zip(starts, num_tokens, strict=True))
         """S: cached tokens that the longest row looks at."""
         self.slots = torch.tensor(slots, device=device)[:, None]  # (B, 1)
@@ -61,11 +75,11 @@ class CacheRows:
         keys = torch.arange(self.span, device=device)
         self.mask = (keys <= self.positions[:, :, None])[:, None]  # (B, 1, T, S)
 
-    def update(self, layer: int, latents: Tensor) -> Tensor:
-        """Store one layer's new vectors (B, T, R + qk_rope_head_dim); return all of the rows' so far, (B, S, ...)."""
-        held = self.cache.latents[layer]
-        held[self.slots, self.positions] = latents.to(held.dtype)
-        return held[self.slots[:, 0], : self.span]  # (B, S, R + qk_rope_head_dim)
+    def update(self, layer: int, vectors: Tensor) -> Tensor:
+        """Store one layer's new vectors (B, T, cache_width); return all of the rows' so far, (B, S, cache_width)."""
+        held = self.cache.vectors[layer]
+        held[self.slots, self.positions] = vectors.to(held.dtype)
+        return held[self.slots[:, 0], : self.span]  # (B, S, cache_width)
 
     def finish(self) -> None:
         """Count the new tokens as held, once every layer has stored them."""

@@ -1,88 +1,61 @@
-"""The DeepSeek-V3 decoder (arXiv 2412.19437); module names are Hugging Face's, so that parameters carry theirs."""
+"""The decoder: DeepSeek's (arXiv 2405.04434, 2412.19437) or Llama's; module names are Hugging Face's."""
 
-from collections.abc import Iterable
-from typing import cast
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from ray_ds.config.model import ModelConfig
-from ray_ds.model.attention import LatentAttention, rotary_tables
+from ray_ds.config.model import Kernels, ModelConfig
+from ray_ds.model.attention import Mask
+from ray_ds.model.backbone import Backbone
 from ray_ds.model.caches import CacheRows
-from ray_ds.model.experts import MoE
-from ray_ds.model.layers import MLP, RMSNorm
-from ray_ds.model.loss import summed_cross_entropy
+from ray_ds.model.loss import IGNORED_TARGET, OutputHead
+from ray_ds.model.prediction import look_ahead
+from ray_ds.model.rotary import Rotary
 
 
-class Block(nn.Module):
-    """One layer: attention, then an MLP or experts, each on a normed copy and added to the stream."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LossWeights:
+    """What is added to the loss in training, as multiples of the raw terms."""
 
-    def __init__(self, config: ModelConfig, layer: int) -> None:
-        super().__init__()
-        self.is_sparse = layer >= config.first_k_dense_replace
-        self.input_layernorm = RMSNorm(config.hidden_size)
-        self.self_attn = LatentAttention(config, layer)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size)
-        self.mlp = MoE(config) if self.is_sparse else MLP(config.hidden_size, config.intermediate_size)
-
-    def forward(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor], cache: CacheRows | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Return the stream (B, T, D) after this layer, and tokens by expert, (E,), where it has experts."""
-        x = x + self.self_attn(self.input_layernorm(x), rotary, cache)
-        normed = self.post_attention_layernorm(x)
-        if not self.is_sparse:
-            return x + self.mlp(normed), None
-        out, load = self.mlp(normed)
-        return x + out, load
-
-
-class Backbone(nn.Module):
-    """Everything below the output projection."""
-
-    def __init__(self, config: ModelConfig, *, recompute_activations: bool) -> None:
-        super().__init__()
-        self.config = config
-        self.recompute_activations = recompute_activations
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size)
-
-    def forward(self, tokens: Tensor, cache: CacheRows | None) -> Tensor:
-        """Return the normed last layer's output (B, T, D) for `tokens` (B, T)."""
-        positions = torch.arange(tokens.shape[1], device=tokens.device)[None] if cache is None else cache.positions
-        rotary = rotary_tables(positions, self.config)
-        x = self.embed_tokens(tokens)  # (B, T, D)
-        for layer in cast(Iterable[Block], self.layers):
-            if self.recompute_activations and self.training:
-                x, load = checkpoint(layer, x, rotary, cache, use_reentrant=False)
-            else:
-                x, load = layer(x, rotary, cache)
-            # Counted here and not inside the layer, which may run a second time to recompute its activations.
-            if load is not None and self.training:
-                cast(MoE, layer.mlp).gate.expert_load += load
-        if cache is not None:
-            cache.finish()
-        normed: Tensor = self.norm(x)
-        return normed
+    prediction: float = 0.0
+    """Of the mean over the modules of multi-token prediction; lambda in DeepSeek-V3."""
+    balance: float = 0.0
+    """Of the sequence-wise balance of experts; alpha in DeepSeek-V3."""
 
 
 class Decoder(nn.Module):
     """A causal language model."""
 
-    def __init__(self, config: ModelConfig, *, recompute_activations: bool = False) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        recompute_activations: bool = False,
+        kernels: Kernels = "auto",
+        weights: LossWeights | None = None,
+    ) -> None:
         """Build the modules, their values unset: `init_weights` or a checkpoint gives them.
 
         Args:
             recompute_activations: keep only each layer's input for the backward pass, for less memory and about a
                 third more work.
+            weights: of the losses beside the cross-entropy; None = there are none.
         """
         super().__init__()
         self.config = config
-        self.model = Backbone(config, recompute_activations=recompute_activations)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.weights = weights or LossWeights()
+        self.model = Backbone(
+            config,
+            recompute_activations=recompute_activations,
+            kernels=kernels,
+            measures_balance=self.weights.balance > 0,
+        )
+        self.lm_head = OutputHead(config.hidden_size, config.vocab_size, kernels)
         self.tie_embeddings()
+        self.extra_losses: Tensor | None = None
+        """Of the last pass in training, detached: what `weights.prediction` and `weights.balance` multiplied, (2,)
+        fp32, summed over targets like the loss itself; None where there are no such losses."""
 
     def tie_embeddings(self) -> None:
         """Make the output projection the embedding table, if the config says so; `to_empty` parts them."""
@@ -94,23 +67,81 @@ class Decoder(nn.Module):
         tokens: Tensor,
         targets: Tensor | None = None,
         *,
+        segments: Tensor | None = None,
         cache: CacheRows | None = None,
         logit_positions: Tensor | None = None,
     ) -> Tensor:
-        """Return the summed cross-entropy where there are targets, otherwise logits.
+        """Return the summed loss where there are targets, otherwise logits.
 
         Args:
             tokens: (B, T) int64.
             targets: (B, T) int64, `IGNORED_TARGET` where nothing is predicted.
+            segments: (B, T) int64, the number of the document that each token belongs to: attention stays within a
+                document and positions start at 0 in each; None = a row is one document.
             cache: the rows' earlier tokens; `tokens` go on from there and are stored.
             logit_positions: (B,), the one token of each row whose logits are wanted; None = all.
         Returns:
-            With targets the sum over them in nats, a scalar; without, logits (B, T, V) or (B, V). All in fp32.
+            With targets the cross-entropy summed over them in nats, in training plus the weighted extra losses, a
+            scalar; without, logits (B, T, V) or (B, V). All in fp32.
         """
-        hidden = self.model(tokens, cache)  # (B, T, D)
-        if logit_positions is not None:
-            hidden = hidden[torch.arange(len(hidden), device=hidden.device), logit_positions]  # (B, D)
-        logits: Tensor = self.lm_head(hidden)  # (B, T, V) or (B, V)
+        rotary, mask = self.model.surroundings(tokens, segments, cache)
+        hidden, balances = self.model(tokens, rotary, mask, cache)  # (B, T, D)
         if targets is None:
+            if logit_positions is not None:
+                hidden = hidden[torch.arange(len(hidden), device=hidden.device), logit_positions]  # (B, D)
+            logits: Tensor = self.lm_head(hidden)  # (B, T, V) or (B, V)
             return logits.float()
-        return summed_cross_entropy(logits.flatten(0, -2), targets.flatten())
+        loss: Tensor = self.lm_head(hidden, targets)
+        if not self.training:
+            return loss
+        return loss + self._extra_loss(hidden, balances, tokens, targets, segments, rotary, mask)
+
+    def _extra_loss(
+        self,
+        hidden: Tensor,
+        balances: list[Tensor],
+        tokens: Tensor,
+        targets: Tensor,
+        segments: Tensor | None,
+        rotary: Rotary,
+        mask: Mask,
+    ) -> Tensor:
+        """Return the weighted losses beside the cross-entropy, and keep their raw values in `extra_losses`."""
+        prediction = hidden.new_zeros((), dtype=torch.float32)
+        if self.weights.prediction:
+            for depth in range(1, 1 + self.config.num_nextn_predict_layers):
+                ahead, goals = look_ahead(tokens, targets, segments, depth)
+                output, hidden, more = self.model.predict(hidden, ahead, depth, rotary, mask)
+                prediction = prediction + self.lm_head(output, goals) / self.config.num_nextn_predict_layers
+                balances = balances + more
+        balance = hidden.new_zeros((), dtype=torch.float32)
+        if balances:
+            # Each row as often as it has targets, so that the step's mean is over tokens like that of the loss.
+            num_targets = (targets != IGNORED_TARGET).sum(dim=1)  # (B,)
+            balance = (torch.stack(balances).sum(dim=0) * num_targets).sum()
+        if self.weights != LossWeights():
+            self.extra_losses = torch.stack((prediction.detach(), balance.detach()))
+        return self.weights.prediction * prediction + self.weights.balance * balance
+
+    def hidden(self, tokens: Tensor, *, cache: CacheRows | None = None) -> Tensor:
+        """Return what `lm_head` makes logits of, (B, T, D), and `draft` its guesses."""
+        hidden: Tensor = self.model(tokens, *self.model.surroundings(tokens, None, cache), cache)[0]
+        return hidden
+
+    def draft(
+        self, hidden: Tensor, ahead: Tensor, *, depth: int = 1, cache: CacheRows | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Guess the token behind the next one by a module of multi-token prediction, for speculative decoding.
+
+        Args:
+            hidden: (B, T, D), from `hidden`, or from the `draft` one shallower.
+            ahead: (B, T), the token `depth` places behind each of those that `hidden` is of.
+            depth: number of the module, from 1.
+            cache: the rows that `hidden` was computed with, of a cache that `drafts`; None = whole sequences.
+        Returns:
+            Logits (B, T, V) in fp32 of the tokens behind `ahead`, and the states for the next module, (B, T, D).
+        """
+        rotary, mask = self.model.surroundings(ahead, None, cache)
+        output, states, _ = self.model.predict(hidden, ahead, depth, rotary, mask, cache)
+        logits: Tensor = self.lm_head(output)
+        return logits.float(), states

@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ray_ds.config.model import ModelConfig
+from ray_ds.config.model import GQA_FIELDS, ModelConfig
 from ray_ds.errors import ArtifactError
-from ray_ds.model.layers import RMS_NORM_EPS
 
 STACKED = re.compile(r"(.+\.mlp\.experts)\.(gate_up_proj|down_proj)")
 SINGLE = re.compile(r"(.+\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
@@ -21,22 +20,17 @@ SINGLE = re.compile(r"(.+\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
 FIXED_FIELDS: Mapping[str, Any] = {
     "architectures": ["DeepseekV3ForCausalLM"],
     "model_type": "deepseek_v3",
-    # vLLM builds the routers' correction biases only where it reads these two, which transformers leaves out.
-    "topk_method": "noaux_tc",
-    "scoring_func": "sigmoid",
     "hidden_act": "silu",
-    "rms_norm_eps": RMS_NORM_EPS,
     "rope_interleave": True,
     "attention_bias": False,
     "attention_dropout": 0.0,
     "moe_layer_freq": 1,
-    "num_nextn_predict_layers": 0,
     "pad_token_id": None,
     "use_cache": True,
 }
 """What our decoder always is."""
 
-MUST_MATCH = ("model_type", "hidden_act", "rms_norm_eps", "rope_interleave", "attention_bias", "moe_layer_freq")
+MUST_MATCH = ("model_type", "hidden_act", "rope_interleave", "attention_bias", "moe_layer_freq")
 
 
 def to_hf_config(
@@ -44,6 +38,8 @@ def to_hf_config(
 ) -> dict[str, Any]:
     """Return `config.json` for the model, all but its `dtype`."""
     values = dataclasses.asdict(config)
+    for name in ("attention", "rope_scaling", *GQA_FIELDS):
+        values.pop(name)
     theta = values.pop("rope_theta")
     return {
         **FIXED_FIELDS,
@@ -69,7 +65,8 @@ def from_hf_config(values: Mapping[str, Any]) -> ModelConfig:
     rope = values.get("rope_parameters") or {"rope_theta": values.get("rope_theta", 10000.0), "rope_type": "default"}
     if rope.get("rope_type", "default") != "default":
         raise _refused("rope_parameters.rope_type", rope["rope_type"], "must be 'default'")
-    given = {f.name: values[f.name] for f in dataclasses.fields(ModelConfig) if f.name in values}
+    names = [f.name for f in dataclasses.fields(ModelConfig) if f.name not in ("rope_scaling", *GQA_FIELDS)]
+    given = {name: values[name] for name in names if name in values}
     for field in dataclasses.fields(ModelConfig):
         if field.default is dataclasses.MISSING and field.name not in given:
             raise _refused(field.name, "missing", "must be given")

@@ -4,24 +4,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-RMS_NORM_EPS = 1e-6
-"""In every DeepSeek model, and fixed in Hugging Face for the norms of the latents."""
+from ray_ds.config.model import Kernels
+from ray_ds.model.kernels import is_fast
 
 
 class RMSNorm(nn.Module):
     """Root-mean-square norm (arXiv 1910.07467), computed in fp32 whatever the type of its input."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, eps: float = 1e-6, kernels: Kernels = "auto") -> None:
         super().__init__()
+        self.eps = eps
+        self.kernels = kernels
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `x` (..., width) with a root mean square of 1, times the weight."""
-        if x.is_cuda:
-            return F.rms_norm(x, self.weight.shape, self.weight, RMS_NORM_EPS)
-        # On a CPU the stock function is made of these steps too and takes longer.
+        if is_fast(self.kernels, x):  # on a CPU the stock function is made of the steps below too and takes longer
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
         wide = x.float()
-        normed = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + RMS_NORM_EPS)
+        normed = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.eps)
         return self.weight * normed.to(x.dtype)
 
 

@@ -5,12 +5,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ray_ds.model.caches import LatentCache
+from ray_ds.model.caches import SlotCache
 from ray_ds.model.decoder import Decoder
 
 
 class SlotDecoder:
-    """Runs a decoder over the slots of one latent cache."""
+    """Runs a decoder over the slots of one cache."""
 
     def __init__(self, decoder: Decoder, *, num_slots: int, max_len: int) -> None:
         """Reserve the cache in the embedding's type, on its device."""
@@ -19,7 +19,7 @@ class SlotDecoder:
         self.max_len = max_len
         self._device = embedding.device
         self._decoder = decoder.eval()
-        self._cache = LatentCache(decoder.config, num_slots, max_len, dtype=embedding.dtype, device=embedding.device)
+        self._cache = SlotCache(decoder.config, num_slots, max_len, dtype=embedding.dtype, device=embedding.device)
 
     def prefill(self, slot: int, tokens: Sequence[int]) -> Tensor:
         """Add tokens to the sequence in `slot`; return the logits (V,) that follow the last one."""

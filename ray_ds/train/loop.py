@@ -15,7 +15,8 @@ from ray_ds.config.model_size import flops_per_token
 from ray_ds.data.shards import TokenSplit
 from ray_ds.logs import log_event
 from ray_ds.model.balance import expert_load, reset_expert_load, update_router_bias
-from ray_ds.model.decoder import Decoder
+from ray_ds.model.decoder import Decoder, LossWeights
+from ray_ds.model.documents import number_documents
 from ray_ds.model.initial import init_weights
 from ray_ds.train.agreement import Agreement, Word
 from ray_ds.train.bad_steps import BadSteps
@@ -80,7 +81,15 @@ class TrainLoop:
         self.task, self.settings, self.host = task, settings, host
         self.step, self.cursor = 0, 0
         host.beat("building the model")
-        decoder = Decoder(task.config, recompute_activations=settings.recompute_activations)
+        self._loss_weights = LossWeights(
+            prediction=settings.prediction_weight or 0.0, balance=settings.balance_weight or 0.0
+        )
+        decoder = Decoder(
+            task.config,
+            recompute_activations=settings.recompute_activations,
+            kernels=settings.kernels,
+            weights=self._loss_weights,
+        )
         init_weights(decoder, settings.seed)
         self.decoder = decoder
         self.engine = Engine(decoder, settings, device=host.device, world_size=host.world_size)
@@ -166,16 +175,23 @@ class TrainLoop:
         )
 
     def _forward_backward(self, number: int) -> Tensor:
-        """Add up the gradient of this process's micro-batches and return their summed loss, fp64."""
-        loss_sum = torch.zeros((), dtype=torch.double, device=self.host.device)
+        """Add up the gradient of this process's micro-batches; return sums, (3,) fp64: loss, prediction, balance."""
+        sums = torch.zeros(3, dtype=torch.double, device=self.host.device)
         with self.profiler.phase("forward_backward"):
             for place, (tokens, targets, index) in enumerate(self.batches.of_batch(self.cursor)):
                 self.host.beat(f"step {number} micro-batch {place + 1}")
                 if index is not None:
                     _seed(self.settings.seed, self.cursor, index)
-                loss_sum += self.engine.forward_backward(tokens, targets, counts=index is not None)
+                segments = self._segments(tokens)
+                sums[0] += self.engine.forward_backward(tokens, targets, segments=segments, counts=index is not None)
+                if self.decoder.extra_losses is not None:
+                    sums[1:] += self.decoder.extra_losses
         self.host.beat(f"step {number} gradients")
-        return loss_sum
+        return sums
+
+    def _segments(self, tokens: Tensor) -> Tensor | None:
+        """Return the numbers of the tokens' documents, or None where rows are trained on as one."""
+        return number_documents(tokens, self.task.bos_token_id) if self.settings.document_mask else None
 
     def _update(self, number: int, agreement: Agreement, started: float) -> Word | None:
         """Update the weights and make the step's record; return the common word, or None where it was rolled back."""
@@ -184,8 +200,10 @@ class TrainLoop:
         with self.profiler.phase("optimizer"):
             if self.settings.bad_loss == "fail":  # a bad step is the last, so the device need not wait for the verdict
                 result = self.engine.step(factor)
-            loss_sum, word = agreement.read()
-            loss = loss_sum / self.settings.batch_tokens
+            sums, word = agreement.read()
+            total, prediction, balance = (each / self.settings.batch_tokens for each in sums)
+            weights = self._loss_weights
+            loss = total - weights.prediction * prediction - weights.balance * balance
             reason = self.bad_steps.judge(loss)
             if reason is not None and result is None:
                 self.engine.skip_step()
@@ -202,6 +220,8 @@ class TrainLoop:
                 self._roll_back()
                 return None
         figures: dict[str, float | int | bool] = {"loss": loss, "lr": self.settings.optimizer.lr * factor}
+        figures |= {"prediction_loss": prediction} if weights.prediction else {}
+        figures |= {"balance_loss": balance} if weights.balance else {}
         if reason is not None or result is None:
             figures |= {"grad_norm": math.nan, "is_skipped": True}
         else:
@@ -228,8 +248,8 @@ class TrainLoop:
         """Move the routers' biases by the load of all processes; return its figures."""
         if not load.numel():
             return {}
-        assert self.settings.router_bias_speed is not None, "settings fill it in for a model with experts"
-        update_router_bias(self.decoder, load, self.settings.router_bias_speed)
+        if self.settings.router_bias_speed is not None:  # settings fill it in where routers have a bias
+            update_router_bias(self.decoder, load, self.settings.router_bias_speed)
         return load_figures(load)
 
     def _take_expert_load(self) -> Tensor:
@@ -274,7 +294,7 @@ class TrainLoop:
         world = {"rank": self.host.rank, "world_size": self.host.world_size}
         for tokens, targets, _ in validation_batches(self.validation, self.settings, device=self.host.device, **world):
             self.host.beat("validation")
-            sums[0] += self.engine.loss(tokens, targets)
+            sums[0] += self.engine.loss(tokens, targets, segments=self._segments(tokens))
             sums[1] += (targets >= 0).sum()
         dist.all_reduce(sums)
         return float(sums[0] / sums[1])

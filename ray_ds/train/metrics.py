@@ -24,6 +24,8 @@ FIELDS: Mapping[str, str] = {
     "tokens": "Tokens trained on",
     "loss": "Training loss of the step, nats a token",
     "validation_loss": "Loss on the validation split, nats a token",
+    "prediction_loss": "Loss of multi-token prediction, nats a token, the mean of its modules; not part of `loss`",
+    "balance_loss": "Sequence-wise imbalance of the experts, summed over layers, each at 1 where even",
     "lr": "Learning rate of the first group",
     "grad_norm": "Norm of the gradient before clipping",
     "seconds": "Duration of the step",

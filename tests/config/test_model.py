@@ -2,7 +2,9 @@ import dataclasses
 
 import pytest
 
-from ray_ds.config.model import PRESETS, ModelConfig, ModelSettings
+from ray_ds.config.model import ModelConfig
+from ray_ds.config.model_settings import ModelSettings
+from ray_ds.config.presets import PRESETS
 from ray_ds.config.settings import field_docs
 from ray_ds.errors import ConfigError
 
@@ -25,7 +27,7 @@ def test_given_fields_override_the_preset():
 
 
 def test_query_rank_zero_means_no_compression():
-    assert resolve(preset="v3", q_lora_rank=0).q_lora_rank is None
+    assert resolve(preset="deepseek_v3", q_lora_rank=0).q_lora_rank is None
 
 
 def test_a_dense_model_follows_its_number_of_layers():
@@ -53,7 +55,7 @@ def test_every_override_is_a_field_of_the_model_and_documented():
     [
         (
             {"preset": "huge"},
-            r"preset \(huge\) must be one of tiny, demo, demo_dense, dense_350m, lite, v3; choose one",
+            r"preset \(huge\) must be one of tiny, demo, demo_dense, laptop, .*deepseek_v3; choose one",
         ),
         (
             {"preset": "demo_dense", "num_experts_per_tok": 2},
@@ -72,10 +74,7 @@ def test_every_override_is_a_field_of_the_model_and_documented():
         ({"preset": "tiny", "rope_theta": -1.0}, r"rope_theta \(-1.0\) must be positive"),
         ({"preset": "tiny", "qk_rope_head_dim": 7}, r"qk_rope_head_dim \(7\) must be even; add 1"),
         ({"preset": "tiny", "n_routed_experts": -4}, r"n_routed_experts \(-4\) must be 0 or more"),
-        (
-            {"preset": "tiny", "n_shared_experts": 0},
-            r"n_shared_experts \(0\) must be 1 or more in a model with experts",
-        ),
+        ({"preset": "tiny", "n_shared_experts": -1}, r"n_shared_experts \(-1\) must be 0 or more; use 0 for none"),
         ({"preset": "tiny", "routed_scaling_factor": 0.0}, r"routed_scaling_factor \(0.0\) must be positive"),
         ({"preset": "tiny", "first_k_dense_replace": 2}, r"first_k_dense_replace \(2\) must be at least 0 and below"),
         (
@@ -87,7 +86,7 @@ def test_every_override_is_a_field_of_the_model_and_documented():
             {"preset": "tiny", "n_group": 2, "num_experts_per_tok": 3},
             r"num_experts_per_tok \(3\) must be at most the 2",
         ),
-        ({"preset": "demo_dense", "n_routed_experts": 4}, r"n_shared_experts \(0\) must be 1 or more"),
+        ({"preset": "demo_dense", "n_routed_experts": 4}, r"num_experts_per_tok \(0\) must be 1 or more"),
     ],
 )
 def test_settings_that_make_no_model_or_have_no_effect_are_refused(settings, message):

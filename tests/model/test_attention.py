@@ -1,78 +1,21 @@
-import dataclasses
-
 import pytest
 import torch
 
-from ray_ds.config.model import PRESETS, ModelConfig
-from ray_ds.model import attention
-from ray_ds.model.attention import LatentAttention, causal_attention, rotary_tables, rotate
-
-TINY = PRESETS["tiny"]
-
-
-def reference(layer: LatentAttention, config: ModelConfig, x: torch.Tensor) -> torch.Tensor:
-    """Return the attention of one sequence (T, D), head by head and query by query, rotating by complex numbers."""
-
-    def turn(vector: torch.Tensor, position: int) -> torch.Tensor:
-        pairs = torch.view_as_complex(vector.view(-1, 2).double().contiguous())
-        exponents = torch.arange(len(pairs), dtype=torch.float64) / len(pairs)
-        turned = pairs * torch.exp(1j * position * config.rope_theta**-exponents)
-        return torch.view_as_real(turned).flatten().float()
-
-    nope, rope, rank = config.qk_nope_head_dim, config.qk_rope_head_dim, config.kv_lora_rank
-    compresses = config.q_lora_rank is not None
-    queries = layer.q_b_proj(layer.q_a_layernorm(layer.q_a_proj(x))) if compresses else layer.q_proj(x)
-    compressed = layer.kv_a_proj_with_mqa(x)
-    expanded = layer.kv_b_proj(layer.kv_a_layernorm(compressed[:, :rank]))
-    out = torch.empty(len(x), config.num_attention_heads, config.v_head_dim)
-    for head in range(config.num_attention_heads):
-        q = queries.view(len(x), config.num_attention_heads, -1)[:, head]
-        kv = expanded.view(len(x), config.num_attention_heads, -1)[:, head]
-        for t in range(len(x)):
-            q_t = torch.cat((q[t, :nope], turn(q[t, nope:], t)))
-            keys = [torch.cat((kv[s, :nope], turn(compressed[s, rank:], s))) for s in range(t + 1)]
-            scores = torch.stack([q_t @ key for key in keys]) / (nope + rope) ** 0.5
-            out[t, head] = scores.softmax(0) @ kv[: t + 1, nope:]
-    return out.flatten(1) @ layer.o_proj.weight.T
-
-
-@pytest.mark.parametrize("plain_tokens", [0, 512], ids=["fused", "plain"])
-@pytest.mark.parametrize("q_lora_rank", [None, 24])
-@pytest.mark.parametrize("v_head_dim", [16, 24, 32])
-@torch.no_grad()
-def test_latent_attention_is_its_definition(plain_tokens, q_lora_rank, v_head_dim, monkeypatch):
-    monkeypatch.setattr(attention, "MAX_PLAIN_TOKENS", plain_tokens)
-    config = dataclasses.replace(TINY, q_lora_rank=q_lora_rank, v_head_dim=v_head_dim)
-    layer = LatentAttention(config, layer=0)
-    x = torch.randn(2, 11, config.hidden_size)
-    out = layer(x, rotary_tables(torch.arange(11)[None], config), None)
-    wanted = torch.stack([reference(layer, config, row) for row in x])
-    torch.testing.assert_close(out, wanted, rtol=1e-4, atol=1e-5)
-
-
-def test_rotation_turns_pairs_by_position():
-    config = dataclasses.replace(TINY, qk_rope_head_dim=4, rope_theta=100.0)
-    x = torch.tensor([1.0, 0.0, 0.0, 2.0]).view(1, 1, 1, 4)
-    out = rotate(x, rotary_tables(torch.tensor([[3]]), config)).flatten()
-    a, b = torch.tensor(3.0), torch.tensor(0.3)
-    torch.testing.assert_close(out, torch.stack([a.cos(), a.sin(), -2 * b.sin(), 2 * b.cos()]))
-
-
-def test_tables_are_fp32_at_positions_that_bf16_cannot_hold():
-    cos, _ = rotary_tables(torch.tensor([[1_000_001]]), TINY)
-    assert cos.dtype == torch.float32
-    torch.testing.assert_close(cos[0, 0, 0, 0], torch.tensor(1_000_001.0).double().cos().float())
+from ray_ds.model.attention import attend
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_both_forms_of_causal_attention_agree(dtype, monkeypatch):
-    q, k = (torch.randn(2, 3, 30, 24).to(dtype).requires_grad_() for _ in range(2))
-    v = torch.randn(2, 3, 30, 16).to(dtype).requires_grad_()
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("shared", [1, 3])
+def test_both_forms_agree(dtype, masked, shared):
+    q = torch.randn(2, 6, 30, 24).to(dtype).requires_grad_()
+    k = torch.randn(2, 6 // shared, 30, 24).to(dtype).requires_grad_()
+    v = torch.randn(2, 6 // shared, 30, 16).to(dtype).requires_grad_()
+    mask = (torch.rand(2, 1, 30, 30) < 0.5).tril() | torch.eye(30, dtype=torch.bool) if masked else None
     results = []
-    for limit in (0, 512):
-        monkeypatch.setattr(attention, "MAX_PLAIN_TOKENS", limit)
-        out = causal_attention(q, k, v, 0.2)
+    for kernels in ("plain", "fast"):
+        out = attend(q, k, v, 0.2, mask, kernels)
         results.append((out, *torch.autograd.grad(out.square().sum(), (q, k, v))))
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 0.06}[dtype]
-    for fused, plain in zip(*results, strict=True):
-        torch.testing.assert_close(fused, plain, rtol=tolerance, atol=tolerance)
+    for plain, fast in zip(*results, strict=True):
+        torch.testing.assert_close(fast, plain, rtol=tolerance, atol=tolerance)

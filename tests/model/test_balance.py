@@ -2,7 +2,7 @@ import dataclasses
 
 import torch
 
-from ray_ds.config.model import PRESETS
+from ray_ds.config.presets import PRESETS
 from ray_ds.model.balance import expert_load, max_violation, reset_expert_load, uncounted, update_router_bias
 from ray_ds.model.decoder import Decoder
 from ray_ds.model.initial import init_weights

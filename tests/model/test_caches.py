@@ -3,8 +3,8 @@ import dataclasses
 import pytest
 import torch
 
-from ray_ds.config.model import PRESETS
-from ray_ds.model.caches import LatentCache
+from ray_ds.config.presets import PRESETS
+from ray_ds.model.caches import SlotCache
 from ray_ds.model.decoder import Decoder
 from ray_ds.model.initial import init_weights
 
@@ -20,8 +20,8 @@ def decoder() -> Decoder:
     return decoder.eval().requires_grad_(False)
 
 
-def new_cache(num_slots=4, max_len=40, dtype=torch.float32) -> LatentCache:
-    return LatentCache(CONFIG, num_slots, max_len, dtype=dtype, device="cpu")
+def new_cache(num_slots=4, max_len=40, dtype=torch.float32) -> SlotCache:
+    return SlotCache(CONFIG, num_slots, max_len, dtype=dtype, device="cpu")
 
 
 def sequences(*lengths: int) -> list[torch.Tensor]:

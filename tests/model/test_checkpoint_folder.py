@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ray_ds.config.model import PRESETS
+from ray_ds.config.presets import PRESETS
 from ray_ds.errors import ArtifactError
 from ray_ds.model.checkpoint_folder import load_checkpoint_folder, save_checkpoint_folder
 from ray_ds.model.decoder import Decoder

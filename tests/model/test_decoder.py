@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ray_ds.config.model import PRESETS
+from ray_ds.config.presets import PRESETS
 from ray_ds.model.decoder import Decoder
 from ray_ds.model.initial import init_weights
 from ray_ds.model.loss import IGNORED_TARGET

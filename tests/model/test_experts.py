@@ -3,8 +3,10 @@ import dataclasses
 import pytest
 import torch
 
-from ray_ds.config.model import PRESETS, ModelConfig
-from ray_ds.model.experts import Experts, Gate, MoE
+from ray_ds.config.model import ModelConfig
+from ray_ds.config.presets import PRESETS
+from ray_ds.model.experts import Experts, MoE
+from ray_ds.model.router import Gate
 
 GROUPED = dataclasses.replace(
     PRESETS["tiny"], n_routed_experts=16, n_group=4, topk_group=2, num_experts_per_tok=3, routed_scaling_factor=2.5
@@ -30,7 +32,7 @@ def new_experts(config: ModelConfig) -> Experts:
 def test_gate_chooses_by_biased_scores_within_the_best_groups_and_weighs_by_plain_ones(config):
     gate = new_gate(config)
     x = torch.randn(50, config.hidden_size)
-    weights, chosen = gate(x)
+    weights, chosen, _ = gate(x)
     size = config.n_routed_experts // config.n_group
     for token, token_weights, token_chosen in zip(x, weights, chosen, strict=True):
         scores = [1 / (1 + (-(token @ w)).exp()) for w in gate.weight]
@@ -47,7 +49,7 @@ def test_gate_chooses_by_biased_scores_within_the_best_groups_and_weighs_by_plai
 
 def test_the_bias_has_no_part_in_the_weights_gradient():
     gate = new_gate(UNGROUPED)
-    weights, _ = gate(torch.randn(5, UNGROUPED.hidden_size))
+    weights, _, _ = gate(torch.randn(5, UNGROUPED.hidden_size))
     weights.square().sum().backward()
     assert not gate.e_score_correction_bias.requires_grad
     assert gate.weight.grad.any()
@@ -57,7 +59,7 @@ def test_the_bias_has_no_part_in_the_weights_gradient():
 def test_experts_are_a_weighted_sum_of_gated_mlps(num_tokens):
     experts = new_experts(GROUPED)
     x = torch.randn(num_tokens, GROUPED.hidden_size, requires_grad=True)
-    weights, chosen = new_gate(GROUPED)(x.detach())
+    weights, chosen, _ = new_gate(GROUPED)(x.detach())
     weights = weights.detach().requires_grad_()
 
     def one(expert: int, token: torch.Tensor) -> torch.Tensor:
@@ -91,8 +93,8 @@ def test_load_counts_every_choice():
     for parameter in moe.experts.parameters():
         parameter.data.normal_()
     x = torch.randn(2, 5, GROUPED.hidden_size)
-    _, load = moe(x)
-    _, chosen = moe.gate(x.flatten(0, 1))
+    _, load, _ = moe(x)
+    _, chosen, _ = moe.gate(x.flatten(0, 1))
     assert load.tolist() == torch.bincount(chosen.flatten(), minlength=16).tolist()
 
 

@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 import torch
 
-from ray_ds.config.model import PRESETS
-from ray_ds.model.caches import LatentCache
+from ray_ds.config.presets import PRESETS
+from ray_ds.model.caches import SlotCache
 from ray_ds.model.decoder import Decoder
 from ray_ds.model.experts import Experts
 from ray_ds.model.initial import init_weights
@@ -85,7 +85,7 @@ def test_compiled_training_gives_the_eager_loss():
 def test_cached_decoding_gives_the_logits_of_a_whole_forward():
     decoder = new_decoder(torch.float32).eval().requires_grad_(False)
     tokens, _ = batch()
-    cache = LatentCache(CONFIG, 4, 140, dtype=torch.float32, device="cuda")
+    cache = SlotCache(CONFIG, 4, 140, dtype=torch.float32, device="cuda")
     decoder(tokens[:, :100], cache=cache.rows([3, 2, 1, 0], [100] * 4))
     for step in range(100, 104):
         logits = decoder(tokens[:, step : step + 1], cache=cache.rows([3, 2, 1, 0], [1] * 4))

@@ -1,6 +1,6 @@
 import torch
 
-from ray_ds.config.model import PRESETS
+from ray_ds.config.presets import PRESETS
 from ray_ds.model.decoder import Decoder
 from ray_ds.model.initial import init_weights
 

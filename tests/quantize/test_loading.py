@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ray_ds.errors import ArtifactError
-from ray_ds.model.caches import LatentCache
+from ray_ds.model.caches import SlotCache
 from ray_ds.model.checkpoint_folder import load_checkpoint_folder
 from ray_ds.model.decoder import Decoder
 from ray_ds.quantize import integer_road, load_quantized, loading, quantize_folder, self_test
@@ -60,7 +60,7 @@ def test_it_predicts_as_well_as_the_checkpoint(folders: tuple[Path, Path]) -> No
 def decode_with_cache(decoder: Decoder, tokens: Tensor, prompt: int) -> Tensor:
     """Return the logits of all positions from `prompt` - 1 on: the prompt at once, then token by token."""
     dtype = decoder.model.embed_tokens.weight.dtype
-    cache = LatentCache(decoder.config, len(tokens), tokens.shape[1], dtype=dtype, device="cpu")
+    cache = SlotCache(decoder.config, len(tokens), tokens.shape[1], dtype=dtype, device="cpu")
     slots = list(range(len(tokens)))
     with torch.inference_mode():
         logits = [decoder(tokens[:, :prompt], cache=cache.rows(slots, [prompt] * len(slots)))[:, -1]]

@@ -10,7 +10,7 @@ import torch
 from ray_ds import storage
 from ray_ds.artifacts import Artifact, EvalReport, TokenShards
 from ray_ds.config.evaluate import EvaluateSettings
-from ray_ds.config.model import ModelSettings
+from ray_ds.config.model_settings import ModelSettings
 from ray_ds.config.tokenizer import TokenizerSettings
 from ray_ds.data.documents import file_names
 from ray_ds.data.shards import TokenSplit

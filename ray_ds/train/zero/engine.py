@@ -70,19 +70,24 @@ class Engine:
         if settings.compile:
             self._engine.compile()
 
-    def forward_backward(self, tokens: Tensor, targets: Tensor, *, counts: bool = True) -> Tensor:
+    def forward_backward(
+        self, tokens: Tensor, targets: Tensor, *, segments: Tensor | None = None, counts: bool = True
+    ) -> Tensor:
         """Add the gradient of a micro-batch, (B, T) each, and return its summed loss in nats, detached.
+
+        What else is in the loss is in `decoder.extra_losses` until the next call.
 
         All processes call this together, ceil(M / W) times a step of M micro-batches.
 
         Args:
+            segments: numbers of the tokens' documents, (B, T); None = every row is one.
             counts: whether its tokens count in the experts' load. Not those of a micro-batch without targets, which
                 adds exactly nothing to the gradient and only fills up an uneven share.
         """
         if self._is_micro_batch_open:
             self._engine.step()
         with contextlib.nullcontext() if counts else uncounted(self.decoder):
-            loss: Tensor = self._engine(tokens, targets)
+            loss: Tensor = self._engine(tokens, targets, segments=segments)
         self._engine.backward(loss * self._loss_factor, scale_wrt_gas=False)
         self._is_micro_batch_open = True
         return loss.detach()
@@ -124,10 +129,10 @@ class Engine:
         return torch.nn.utils.get_total_norm([p.grad for p in self.decoder.parameters() if p.grad is not None])
 
     @torch.no_grad()
-    def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
+    def loss(self, tokens: Tensor, targets: Tensor, *, segments: Tensor | None = None) -> Tensor:
         """Return the summed loss in nats of rows that are not trained on; all processes call this together."""
         self._engine.eval()
-        loss: Tensor = self._engine(tokens, targets)
+        loss: Tensor = self._engine(tokens, targets, segments=segments)
         self._engine.train()
         return loss
 
