@@ -94,7 +94,7 @@ class TrainLoop:
         self.decoder = decoder
         self.engine = Engine(decoder, settings, device=host.device, world_size=host.world_size)
         split = open_split(task.shards, "train", settings.shard_cache_bytes)
-        self.batches = Batches(split, settings, rank=host.rank, world_size=host.world_size, device=host.device)
+        self.batches = Batches(split, settings, **self._reader(), device=host.device)
         self.safekeeping = Safekeeping(task, self.engine, host)
         self.profiler = StepProfiler(
             settings.profile_steps, folder=storage.join(task.output, PROFILE), rank=host.rank, device=host.device
@@ -109,6 +109,10 @@ class TrainLoop:
         self._record: Record = {}
         self.metrics = MetricsLog([], None)
         self.trackers: Trackers | None = None
+
+    def _reader(self) -> dict[str, int]:
+        """Return this process's place among those that train on different rows: a group that divides them is one."""
+        return {"rank": self.engine.mesh.reader, "world_size": self.engine.mesh.num_readers}
 
     def resume(self) -> None:
         """Go on from the newest safe state, if there is one."""
@@ -291,11 +295,11 @@ class TrainLoop:
     def validation_loss(self) -> float:
         """Return the loss on rows of the validation split, in nats a token."""
         sums = torch.zeros(2, dtype=torch.float64, device=self.host.device)
-        world = {"rank": self.host.rank, "world_size": self.host.world_size}
-        for tokens, targets, _ in validation_batches(self.validation, self.settings, device=self.host.device, **world):
+        batches = validation_batches(self.validation, self.settings, **self._reader(), device=self.host.device)
+        for tokens, targets, _ in batches:
             self.host.beat("validation")
             sums[0] += self.engine.loss(tokens, targets, segments=self._segments(tokens))
-            sums[1] += (targets >= 0).sum()
+            sums[1] += (targets >= 0).sum() / self.engine.mesh.rows_shared_by
         dist.all_reduce(sums)
         return float(sums[0] / sums[1])
 

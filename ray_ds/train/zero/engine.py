@@ -7,12 +7,16 @@ from dataclasses import dataclass
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.utils import groups
 from pydantic import JsonValue
 from torch import Tensor
 
 from ray_ds.config.train import TrainSettings
 from ray_ds.model.balance import uncounted
 from ray_ds.model.decoder import Decoder
+from ray_ds.train.parallel.cuts import joined
+from ray_ds.train.parallel.divide import divide
+from ray_ds.train.parallel.mesh import make_mesh
 from ray_ds.train.state import EngineState, StateReader
 from ray_ds.train.zero.build import use_built_op
 from ray_ds.train.zero.config import deepspeed_config
@@ -46,27 +50,31 @@ class Engine:
         assert found == device.type, f"DeepSpeed took {found}: set DS_ACCELERATOR={device.type} before it is imported"
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # it logs a page about every step of its set-up
         use_built_op()
+        self.mesh = make_mesh(settings.parallel, rank=torch.distributed.get_rank(), world_size=world_size)
+        self._cuts = divide(decoder, self.mesh)
         self.decoder = decoder.to(device)
         optimizer = make_optimizer(decoder.named_parameters(), settings.optimizer, is_cuda=device.type == "cuda")
         self._peak_rates = [float(group["lr"]) for group in optimizer.param_groups]
         with contextlib.redirect_stdout(None):  # it prints that it built the op when it only loads it
             deepspeed.init_distributed(dist_init_required=False)
+            mpu = groups.mpu = self.mesh if self._cuts else None  # DeepSpeed keeps the last engine's otherwise
             self._engine, *_ = deepspeed.initialize(
                 model=decoder,
                 optimizer=optimizer,
-                config=deepspeed_config(settings, world_size),
+                config=deepspeed_config(settings, world_size, is_cuda=device.type == "cuda"),
+                mpu=mpu,
                 dist_init_required=False,
             )
         # DeepSpeed averages gradients over processes; with this factor the result is the gradient of the mean loss over
         # the step's tokens, whatever the number of processes and micro-batches.
-        self._loss_factor = world_size / settings.batch_tokens
+        self._loss_factor = self.mesh.num_copies / settings.batch_tokens
         self._zero_stage = settings.zero_stage
         self._is_fp16 = settings.precision == "fp16"
         self._has_plain_fp32_optimizer = settings.zero_stage == 0 and settings.precision == "fp32"
         self._is_micro_batch_open = False
         for name, buffer in decoder.named_buffers():
             assert buffer.dtype in (torch.float32, torch.int64), f"DeepSpeed made {name} {buffer.dtype}"
-        self._state = LogicalState(decoder, self._engine)
+        self._state = LogicalState(decoder, self._engine, self._cuts)
         if settings.compile:
             self._engine.compile()
 
@@ -75,7 +83,8 @@ class Engine:
     ) -> Tensor:
         """Add the gradient of a micro-batch, (B, T) each, and return its summed loss in nats, detached.
 
-        What else is in the loss is in `decoder.extra_losses` until the next call.
+        What else is in the loss is in `decoder.extra_losses` until the next call. Where a group has the same rows, both
+        are this process's share of them.
 
         All processes call this together, ceil(M / W) times a step of M micro-batches.
 
@@ -90,7 +99,9 @@ class Engine:
             loss: Tensor = self._engine(tokens, targets, segments=segments)
         self._engine.backward(loss * self._loss_factor, scale_wrt_gas=False)
         self._is_micro_batch_open = True
-        return loss.detach()
+        if self.mesh.axis == "tensor" and self.decoder.extra_losses is not None:
+            self.decoder.extra_losses /= self.mesh.size
+        return self._share(loss.detach())
 
     def step(self, lr_factor: float) -> StepResult:
         """Update the weights from the gradients of the step's micro-batches, at `lr_factor` times the peak rates."""
@@ -126,15 +137,28 @@ class Engine:
 
     def _plain_grad_norm(self) -> Tensor:
         """Return the norm of the averaged gradients, which torch's optimizer without ZeRO does not keep."""
-        return torch.nn.utils.get_total_norm([p.grad for p in self.decoder.parameters() if p.grad is not None])
+        found = {name: p.grad for name, p in self.decoder.named_parameters() if p.grad is not None}
+        norm = torch.nn.utils.get_total_norm([grad for name, grad in found.items() if name not in self._cuts])
+        if not self._cuts:
+            return norm
+        of_cuts = torch.nn.utils.get_total_norm([grad for name, grad in found.items() if name in self._cuts]).square()
+        torch.distributed.all_reduce(of_cuts, group=self.mesh.group)
+        return (norm.square() + of_cuts).sqrt()
 
     @torch.no_grad()
     def loss(self, tokens: Tensor, targets: Tensor, *, segments: Tensor | None = None) -> Tensor:
-        """Return the summed loss in nats of rows that are not trained on; all processes call this together."""
+        """Return the summed loss in nats of rows that are not trained on; all processes call this together.
+
+        Where a group has the same rows, it is this process's share of it.
+        """
         self._engine.eval()
         loss: Tensor = self._engine(tokens, targets, segments=segments)
         self._engine.train()
-        return loss
+        return self._share(loss)
+
+    def _share(self, loss: Tensor) -> Tensor:
+        """Return this process's part of a loss that all of its group have computed, or its own."""
+        return loss / self.mesh.size if self.mesh.axis == "tensor" else loss
 
     def state(self) -> EngineState:
         """Return views of what this process holds of the state between two steps."""
@@ -170,8 +194,11 @@ class Engine:
         state: dict[str, Tensor] = {}
         for name, parameter in self.decoder.named_parameters(remove_duplicate=False):
             with deepspeed.zero.GatheredParameters([parameter], enabled=self._zero_stage == 3):
+                value = parameter.detach()
+                if name in self._cuts:
+                    value = joined(value, self._cuts[name], self.mesh)
                 if is_first:
-                    state[name] = parameter.detach().cpu().clone()
+                    state[name] = value.cpu().clone()
         persistent = self.decoder.state_dict().keys()
         if is_first:
             buffers = self.decoder.named_buffers()
