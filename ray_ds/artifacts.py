@@ -134,19 +134,21 @@ class Corpus(Artifact):
 
 
 class Tokenizer(Artifact):
-    """A byte-level BPE: `tokenizer.json`."""
+    """A byte-level BPE: `tokenizer.json`, and `chat_template.jinja` where it came with one."""
 
     kind = "Tokenizer"
 
 
 class TokenShards(Artifact):
-    """Token ids: `train/*.arrow`, `validation/*.arrow` and a copy of `tokenizer.json`."""
+    """Token ids: `train/*.arrow`, `validation/*.arrow` and a copy of `tokenizer.json`; of conversations also
+    `chat_template.jinja`, and in the shards which tokens are learnt."""
 
     kind = "TokenShards"
 
 
 class Checkpoint(Artifact):
-    """A trained model: `model/` in Hugging Face's layout with `tokenizer.json`, `metrics.jsonl`, `curve.png`."""
+    """A trained model: `model/` in Hugging Face's layout with `tokenizer.json`, `metrics.jsonl`, `curve.png`; with LoRA
+    also `adapter/` in PEFT's."""
 
     kind = "Checkpoint"
 
@@ -280,6 +282,9 @@ class StageRun:
     digest: str
     settings: JsonValue
     inputs: tuple[Artifact, ...]
+    """One for each group of kinds that the stage reads."""
+    named: Mapping[str, Artifact] = dataclasses.field(default_factory=dict)
+    """Further inputs, by the key of the step that names them, such as `init_from`."""
     check_alone: Callable[[], None] = lambda: None
     """Raises where another job has taken over this run, so that nothing of its is overwritten."""
 
@@ -317,7 +322,7 @@ class StageRun:
             stage=self.stage,
             stage_version=self.stage_version,
             settings=self.settings,
-            inputs=tuple(artifact.ref() for artifact in self.inputs),
+            inputs=tuple(artifact.ref() for artifact in (*self.inputs, *self.named.values())),
             sources=tuple(sources),
             files=files,
             facts=facts,

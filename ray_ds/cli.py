@@ -116,6 +116,8 @@ def argument_parser() -> argparse.ArgumentParser:
     add_options(verify)
     sample = commands.add_parser("sample-text", help="write real text from installed packages as jsonl.gz")
     sample.add_argument("folder")
+    chats = commands.add_parser("sample-chats", help="write questions and answers from installed packages as jsonl.gz")
+    chats.add_argument("folder")
     return parser
 
 
@@ -134,7 +136,7 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
 
 def _dispatch(arguments: Sequence[str]) -> int:
     options, rest = argument_parser().parse_known_args(arguments)
-    if options.command not in ("trace", "generate", "verify", "sample-text"):
+    if options.command not in ("trace", "generate", "verify", "sample-text", "sample-chats"):
         options.root = str(Path(options.root or os.getcwd()).resolve())
     elif rest:
         raise ConfigError("arguments", rest[0], "must fit the usage", f"see ray-ds {options.command} --help")
@@ -232,6 +234,11 @@ def _verify_command(options: argparse.Namespace, _: Sequence[str]) -> int:
     return submit(options)
 
 
+def _sample_chats_command(options: argparse.Namespace, _: Sequence[str]) -> int:
+    load_object("ray_ds.data.sample_chats:write_sample_chats")(str(Path(options.folder).resolve()))
+    return 0
+
+
 def _sample_text_command(options: argparse.Namespace, _: Sequence[str]) -> int:
     load_object("ray_ds.data.sample_text:write_sample_text")(str(Path(options.folder).resolve()))
     return 0
@@ -246,4 +253,5 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace, Sequence[str]], int]] = {
     "generate": _generate_command,
     "verify": _verify_command,
     "sample-text": _sample_text_command,
+    "sample-chats": _sample_chats_command,
 }

@@ -24,6 +24,8 @@ class Step:
     """An instance of the stage's settings class."""
     inputs: tuple["Step | str", ...]
     """For each group of kinds the stage reads: the step that makes it, or the URI of a finished artefact."""
+    named: Mapping[str, "Step | str"]
+    """The same for the further inputs that the step names by a key of their own, such as `init_from`."""
     given: Mapping[str, str]
     """Where each dotted setting that is not a default was given: `demo.toml` or `command line`."""
 
@@ -105,12 +107,13 @@ def _check_raw_step(raw: Mapping[str, Any], path: str) -> None:
             raise ConfigError(f"{where}.{field}", raw[field], f"must be {allowed}", "correct it")
     if not all(isinstance(source, str) for source in raw.get("from", [])):
         raise ConfigError(f"{where}.from", raw["from"], "must hold strings", "correct it")
-    unknown = set(raw) - {"name", "stage", "from", "settings"}
-    if unknown:
-        field = f"{where}.{sorted(unknown)[0]}"
-        raise ConfigError(field, "unknown", "must be name, stage, from or settings", "correct or remove it")
     if "stage" not in raw:
         raise ConfigError(f"{where}.stage", "missing", f"must be one of {', '.join(STAGE_BY_NAME)}", "add it")
+    known = ["name", "stage", "from", "settings", *(key for key, _ in find_stage(raw["stage"]).named)]
+    for key in raw:
+        if key not in known:
+            allowed = f"must be {', '.join(known[:-1])} or {known[-1]}"
+            raise ConfigError(f"{where}.{key}", "unknown", allowed, "correct or remove it")
 
 
 def _read_toml(path: str) -> dict[str, Any]:
@@ -192,7 +195,12 @@ def _decode_step(
     wanted = raw.get("from", ())
     inputs = tuple(_find_input(group, wanted, earlier, where, root) for group in stage.reads)
     _check_all_used(wanted, inputs, stage, where)
-    return Step(name=name, stage=stage, settings=settings, inputs=inputs, given=given.get(name, {}))
+    named = {
+        key: _find_named(raw[key], kinds, earlier, f"{where}.{key}", root) for key, kinds in stage.named if key in raw
+    }
+    if hasattr(settings, "check_named"):
+        settings.check_named(frozenset(named), where=where)
+    return Step(name=name, stage=stage, settings=settings, inputs=inputs, named=named, given=given.get(name, {}))
 
 
 def _check_all_used(wanted: Sequence[str], inputs: Sequence["Step | str"], stage: Stage, where: str) -> None:
@@ -225,6 +233,26 @@ def _find_input(
             return step
     kinds = " or ".join(group)
     raise ConfigError(f"{where}.from", list(wanted), f"must name what makes a {kinds}", "add a step that makes one")
+
+
+def _find_named(
+    source: object, kinds: tuple[str, ...], earlier: Sequence[Step], field: str, root: str | None
+) -> Step | str:
+    """Return the earlier step or the URI that a key of a step names as an input."""
+    allowed = f"must name an earlier step that makes a {' or '.join(kinds)}, or the folder of a finished one"
+    if not isinstance(source, str):
+        raise ConfigError(field, source, allowed, "write a string")
+    if "/" in source:
+        uri = absolute_path(source.rstrip("/"), root, field=field)
+        kind = open_artifact(uri, list(KINDS.values())).kind
+        if kind not in kinds:
+            raise ConfigError(field, f"{source}, a {kind}", allowed, "correct it")
+        return uri
+    for step in earlier:
+        if step.name == source and step.stage.writes in kinds:
+            return step
+    steps = ", ".join(step.name for step in earlier if step.stage.writes in kinds) or "none"
+    raise ConfigError(field, source, f"{allowed}; such steps: {steps}", "correct it")
 
 
 def field_names(settings: Any, prefix: str = "") -> list[tuple[str, Any]]:

@@ -133,7 +133,7 @@ def write_summary(recipe: Recipe) -> dict[str, JsonValue]:
 def _ask(url: str, settings: Any) -> str:
     """Return the endpoint's answer to the recipe's question."""
     api_key = os.environ.get(settings.api_key_env) if settings.api_key_env else None
-    answer: str = load_object("ray_ds.serve.client:generate")(
+    answer: str = load_object("ray_ds.serve.client:ask")(
         url, settings.question, max_tokens=ANSWER_TOKENS, temperature=ANSWER_TEMPERATURE, seed=0, api_key=api_key
     )
     return answer

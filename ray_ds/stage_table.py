@@ -26,6 +26,8 @@ class Stage:
     """Raised when a change of the code changes what it writes."""
     resources: str
     """What it uses, for people."""
+    named: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    """Further inputs, read only where a step names them: the step's key for one, such as `init_from`, and its kinds."""
     sources: str = ""
     """`module:function` from settings to the raw files it reads, for stages that read raw files."""
 
@@ -63,11 +65,23 @@ STAGES: tuple[Stage, ...] = (
         resources="Ray Data, all CPUs",
     ),
     Stage(
+        name="tokenize_chat",
+        job="tokenize_chat",
+        function="ray_ds.stages.tokenize_chat:tokenize_chat",
+        settings="ray_ds.config.tokenize_chat:TokenizeChatSettings",
+        reads=(("Tokenizer",),),
+        writes="TokenShards",
+        version=1,
+        resources="Ray Data, all CPUs",
+        sources="ray_ds.data.conversations:find_sources",
+    ),
+    Stage(
         name="train",
         job="train_model",
         function="ray_ds.stages.train:train",
         settings="ray_ds.config.train:TrainSettings",
         reads=(("TokenShards",),),
+        named=(("init_from", ("Checkpoint",)), ("teacher", ("Checkpoint",))),
         writes="Checkpoint",
         version=1,
         resources="Ray Train, `num_workers` CPUs or GPUs",

@@ -30,13 +30,15 @@ def step_digest(step: Step) -> str:
     Raises:
         InputError: raw input is missing or empty.
     """
-    inputs = [step_digest(source) if isinstance(source, Step) else folder_digest(source) for source in step.inputs]
+    inputs = [_source_digest(source) for source in step.inputs]
     content: dict[str, JsonValue] = {
         "stage": step.stage.name,
         "version": step.stage.version,
         "settings": digest_settings(step.settings),
         "inputs": list(inputs),
     }
+    if step.named:
+        content["named"] = {key: _source_digest(source) for key, source in step.named.items()}
     if step.stage.sources:
         find_sources: Callable[[Any], Sequence[SourceFile]] = load_object(step.stage.sources)
         try:
@@ -47,6 +49,11 @@ def step_digest(step: Step) -> str:
             [source.uri.rsplit("/", 1)[-1], source.sha256, source.source, source.licence] for source in sources
         ]
     return make_digest(content)
+
+
+def _source_digest(source: Step | str) -> str:
+    """Return the digest of an input that a step makes, or that lies in a folder."""
+    return step_digest(source) if isinstance(source, Step) else folder_digest(source)
 
 
 def step_uri(recipe: Recipe, step: Step) -> str:
@@ -77,15 +84,8 @@ def prepare_run(recipe: Recipe, step: Step) -> StageRun:
     Raises:
         ArtifactError: an input is unfinished or damaged.
     """
-    inputs: list[Artifact] = []
-    for source, group in zip(step.inputs, step.stage.reads, strict=True):
-        kinds = [KINDS[kind] for kind in group]
-        try:
-            inputs.append(open_artifact(source if isinstance(source, str) else step_uri(recipe, source), kinds))
-        except ArtifactError as error:
-            if error.value == "no manifest" and isinstance(source, Step):
-                raise _with_action(error, f"run step {source.name} first") from error
-            raise
+    inputs = [_open_input(recipe, *input) for input in zip(step.inputs, step.stage.reads, strict=True)]
+    named = {key: _open_input(recipe, step.named[key], kinds) for key, kinds in step.stage.named if key in step.named}
     digest = step_digest(step)
     return StageRun(
         step=step.name,
@@ -97,7 +97,19 @@ def prepare_run(recipe: Recipe, step: Step) -> StageRun:
         digest=digest,
         settings=as_json(step.settings),
         inputs=tuple(inputs),
+        named=named,
     )
+
+
+def _open_input(recipe: Recipe, source: Step | str, group: Sequence[str]) -> Artifact:
+    """Return a finished input of a step, of one of a group of kinds."""
+    kinds = [KINDS[kind] for kind in group]
+    try:
+        return open_artifact(source if isinstance(source, str) else step_uri(recipe, source), kinds)
+    except ArtifactError as error:
+        if error.value == "no manifest" and isinstance(source, Step):
+            raise _with_action(error, f"run step {source.name} first") from error
+        raise
 
 
 def _with_action(error: ArtifactError, action: str) -> ArtifactError:

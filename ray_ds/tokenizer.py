@@ -49,6 +49,18 @@ class BpeTokenizer:
         self.vocab_size = tokenizer.get_vocab_size()
         self.bos_id, self.eos_id, self.pad_id = range(len(SPECIAL_TOKENS))
         self._token_bytes = _token_bytes(tokenizer, self.vocab_size)
+        self.special_ids = {token.content: i for i, token in tokenizer.get_added_tokens_decoder().items()}
+        """Ids of the tokens that no text is encoded to, by their names."""
+
+    @property
+    def bos_token(self) -> str:
+        """Name of the token that starts a document."""
+        return str(self._tokenizer.id_to_token(self.bos_id))
+
+    @property
+    def eos_token(self) -> str:
+        """Name of the token that ends an answer."""
+        return str(self._tokenizer.id_to_token(self.eos_id))
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text, without special tokens."""

@@ -19,6 +19,7 @@ FLOORS = {
     "stage_table": 1,
     "steps": 1,
     "tokenizer": 2,
+    "chat": 2,
     "data": 2,
     "model": 2,
     "train": 2,
@@ -36,6 +37,7 @@ FLOORS = {
 SIDEWAYS = {
     ("train", "model"),
     ("train", "data"),
+    ("train", "chat"),
     ("evaluate", "model"),
     ("evaluate", "tokenizer"),
     ("evaluate", "data"),
@@ -47,6 +49,9 @@ SIDEWAYS = {
     ("serve", "quantize"),
     ("serve", "tokenizer"),
     ("data", "tokenizer"),
+    ("data", "chat"),
+    ("chat", "tokenizer"),
+    ("serve", "chat"),
 }
 PLACES = {
     "ray": ("on_ray/", "stages/", "submit.py", "verify/"),

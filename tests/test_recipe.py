@@ -41,7 +41,8 @@ def recipe_path(tmp_path: Path) -> Path:
 def test_shipped_recipes_parse(path: Path) -> None:
     recipe = load_recipe(str(path), root="/anywhere")
     assert recipe.name == path.stem
-    assert recipe.run_dir == f"/anywhere/runs/{path.stem}"
+    folder = "demo" if path.stem == "chat" else path.stem  # chat.toml goes on from the demo's steps
+    assert recipe.run_dir == f"/anywhere/runs/{folder}"
     for step in recipe.steps:
         digest_settings(step.settings)
 
@@ -143,7 +144,11 @@ def test_a_relative_input_needs_a_root(recipe_path: Path) -> None:
         ('name = "t"', 'nam = "t"', r"t.toml: nam \(unknown\) must be name, run_dir or \[\[step\]\]; remove it"),
         ('name = "t"', "name = 3", r"t.toml: name \(3\) must be a string; add it"),
         ('name = "t"', 'name = "t', r"recipe \(.*t.toml\) must be valid TOML \(.*\); correct the file"),
-        ('stage = "clean"', 'stage = "wash"', r"stage \(wash\) must be one of clean, tokenizer, tokenize, train"),
+        (
+            'stage = "clean"',
+            'stage = "wash"',
+            r"stage \(wash\) must be one of clean, tokenizer, tokenize, tokenize_chat, tr",
+        ),
         (
             'stage = "clean"',
             'stage = "clean"\nfoo = 1',
@@ -227,3 +232,87 @@ def test_an_artefact_by_its_folder_with_and_without_a_slash(recipe_path: Path) -
 def test_an_unknown_stage_is_an_error() -> None:
     with pytest.raises(ConfigError, match=r"stage \(washing\) must be one of"):
         find_stage("washing")
+
+
+TUNING = """
+name = "t"
+run_dir = "/runs"
+[[step]]
+stage = "clean"
+settings.inputs = [{ glob = "/text/*.jsonl", source = "s", licence = "l" }]
+[[step]]
+stage = "tokenizer"
+[[step]]
+stage = "tokenize"
+[[step]]
+name = "base"
+stage = "train"
+settings = { model = { preset = "tiny" }, seq_len = 16, batch_tokens = 64, micro_batch = 4, steps = 200 }
+[[step]]
+name = "tuned"
+stage = "train"
+init_from = "base"
+settings = { seq_len = 16, batch_tokens = 64, micro_batch = 4, steps = 200, lora = { rank = 4 } }
+"""
+
+
+@pytest.mark.shows("A train step starts from the checkpoint that its `init_from` names")
+def test_a_step_names_further_inputs(tmp_path: Path) -> None:
+    path = tmp_path / "t.toml"
+    path.write_text(TUNING)
+    recipe = load_recipe(str(path))
+    start = recipe.step("tuned").named["init_from"]
+    assert not isinstance(start, str) and start.name == "base" and not recipe.step("base").named
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (
+            'init_from = "base"',
+            'init_from = "tokenize"',
+            r"tuned.init_from \(tokenize\) must name an earlier step that",
+        ),
+        ('init_from = "base"', 'init_from = "tuned"', r"such steps: base; correct it"),
+        ('init_from = "base"', "init_from = 3", r"tuned.init_from \(3\) must name an earlier step that makes a Check"),
+        ('init_from = "base"', "", r"tuned.model \(missing\) must be given, or else init_from"),
+        ('stage = "clean"', 'stage = "clean"\ninit_from = "base"', r"clean.init_from \(unknown\) must be name, stage"),
+        (
+            "lora = { rank = 4 }",
+            'model = { preset = "tiny" }',
+            r"tuned.model \(tiny\) must not be given beside in",
+        ),
+        (
+            "steps = 200, lora",
+            'steps = 200, objective = { kind = "distill" }, lora',
+            r"teacher \(missing\) must be",
+        ),
+        (
+            'init_from = "base"',
+            'init_from = "base"\nteacher = "base"',
+            r"teacher \(given\) must be named with obj",
+        ),
+        (
+            "steps = 200 }",
+            'steps = 200, objective = { kind = "dpo" } }',
+            r"objective.kind \(dpo\) needs a checkpoint",
+        ),
+        (
+            "steps = 200 }",
+            "steps = 200, lora = {} }",
+            r"base.lora.rank \(16\) needs a checkpoint to start from",
+        ),
+        ("rank = 4 }", 'rank = 4 }, optimizer = { kind = "muon" }', r"kind \(muon\) must be adamw with lora"),
+        ("rank = 4", "modules = []", r"tuned.lora.modules \(empty\) must hold a pattern of names or more"),
+        ("rank = 4 }", "rank = 4 }, balance_weight = 0.1", None),
+    ],
+)
+def test_bad_tuning_steps_are_refused(tmp_path: Path, old: str, new: str, message: str | None) -> None:
+    path = tmp_path / "t.toml"
+    assert old in TUNING
+    path.write_text(TUNING.replace(old, new, 1))
+    if message is None:
+        load_recipe(str(path))  # whether it has an effect is known once the checkpoint is there
+        return
+    with pytest.raises(ConfigError, match=message):
+        load_recipe(str(path))

@@ -71,6 +71,8 @@ class Choice:
     optimizer: str
     attention: str
     has_experts: bool
+    objective: str = "next_token"
+    has_adapters: bool = False
     is_compiled: bool = False
 
 
@@ -149,6 +151,18 @@ RULES: tuple[Rule, ...] = (
         field="precision",
         allowed="must be fp32 or bf16 in groups: fp16 runs on GPUs alone, where no test holds it to one process",
         action="use bf16",
+    ),
+    Rule(
+        refuses=lambda c: c.objective != "next_token" and bool(c.axes),
+        field="objective.kind",
+        allowed="must be next_token in groups: a second model or whole rows' logits would have to be divided too",
+        action="remove parallel",
+    ),
+    Rule(
+        refuses=lambda c: c.has_adapters and bool(c.axes),
+        field="lora.rank",
+        allowed="must be absent in groups: adapters beside divided weights would have to be divided too",
+        action="remove parallel, or lora",
     ),
     Rule(
         refuses=lambda c: c.is_compiled and bool(c.axes),

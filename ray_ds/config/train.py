@@ -1,5 +1,6 @@
 """Settings of the train stage."""
 
+import dataclasses
 from dataclasses import field
 from operator import attrgetter
 from typing import Annotated, Literal
@@ -9,12 +10,13 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveIn
 
 from ray_ds.config.model import Kernels, ModelConfig
 from ray_ds.config.model_settings import ModelSettings
+from ray_ds.config.objective import Lora, NextToken, Objective
+from ray_ds.config.optimizer import AdamW, Optimizer, Schedule
 from ray_ds.config.parallel import AXES, Choice, Offload, Parallel, check_sizes, refusal
 from ray_ds.config.settings import OUTPUT_UNCHANGED, fill_or_refuse, settings
 from ray_ds.errors import ConfigError
 
 Precision = Literal["fp32", "bf16", "fp16"]
-Fraction = Annotated[float, pydantic.Field(ge=0, lt=1)]
 
 ROUTER_BIAS_SPEED = 1e-3
 BALANCE_WEIGHT = 1e-4
@@ -26,55 +28,6 @@ MAX_BAD_STEPS = 10
 
 
 @settings
-class AdamW:
-    """AdamW (arXiv 1711.05101); norms and biases are not decayed."""
-
-    kind: Literal["adamw"]
-    """Selects this optimizer."""
-    lr: PositiveFloat = 1e-3
-    """Peak learning rate."""
-    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
-    """Decay of the running means of the gradient and of its square."""
-    eps: PositiveFloat = 1e-8
-    """Added to the root of the second mean."""
-    weight_decay: NonNegativeFloat = 0.1
-    """Decay of matrices, multiplied by the rate."""
-
-
-@settings
-class Muon:
-    """Muon (kellerjordan.github.io/posts/muon) on the layers' matrices; AdamW on embeddings, head, router and norms."""
-
-    kind: Literal["muon"]
-    """Selects this optimizer."""
-    lr: PositiveFloat = 0.02
-    """Peak learning rate of matrices; an update has singular values near 1 before it is multiplied."""
-    momentum: Fraction = 0.95
-    """Decay of the running mean of the gradient (Nesterov)."""
-    weight_decay: NonNegativeFloat = 0.01
-    """Decay of matrices and embeddings, multiplied by their rate."""
-    adam_lr: PositiveFloat = 3e-3
-    """Peak learning rate of what AdamW trains."""
-    adam_betas: tuple[Fraction, Fraction] = (0.9, 0.95)
-    """Decay of AdamW's two running means."""
-    adam_eps: PositiveFloat = 1e-8
-    """Added to the root of AdamW's second mean."""
-
-
-Optimizer = Annotated[AdamW | Muon, pydantic.Field(discriminator="kind")]
-
-
-@settings
-class Schedule:
-    """Linear warm-up, then a cosine down to a fraction of the peak at the last step."""
-
-    warmup_steps: NonNegativeInt = 100
-    """Steps over which the rate rises from 0."""
-    final_lr_fraction: Annotated[float, pydantic.Field(ge=0, le=1)] = 0.1
-    """The last step's rate, as a fraction of the peak."""
-
-
-@settings
 class TrainSettings:
     """How a model is trained on token shards.
 
@@ -82,10 +35,14 @@ class TrainSettings:
     and compilation change the order of sums, hence rounding, and nothing else.
     """
 
-    model: ModelSettings
-    """What is trained."""
+    model: ModelSettings | None = None
+    """What is trained; absent where the step's `init_from` names a checkpoint, whose model it is then."""
+    objective: Objective = field(default_factory=lambda: NextToken(kind="next_token"))
+    """`kind = "next_token"` (also supervised fine-tuning on chat shards), `"dpo"` or `"distill"`, with its settings."""
+    lora: Lora | None = None
+    """Train low-rank adapters and leave the weights as they are; absent = all weights are trained."""
     seq_len: PositiveInt
-    """Tokens in a row; the model is made for this length."""
+    """Tokens in a row; a new model is made for this length."""
     batch_tokens: PositiveInt
     """Tokens in a step, over all workers."""
     micro_batch: PositiveInt
@@ -111,7 +68,7 @@ class TrainSettings:
     """Largest norm of the gradient over all weights; 0 = not clipped."""
     router_bias_speed: NonNegativeFloat | None = None
     """How much an expert's bias moves a step towards balance (arXiv 2408.15664), for a model with experts only; absent
-    = 0.001."""
+    = 0.001, and 0 with `lora`, where the router stays as it is."""
     balance_weight: NonNegativeFloat | None = None
     """Weight of the loss that keeps each row's experts balanced (arXiv 2412.19437, equation 17), for a model with
     experts only; absent = 0.0001, as DeepSeek-V3, or 0.001, as V2, where its routers have no bias to move."""
@@ -187,7 +144,8 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         """Refuse settings that do not fit together or have no effect."""
-        self._fill_for_model(self.model.resolve(vocab_size=1, max_position_embeddings=1))
+        if self.model is not None:
+            self._fill_for_model(self.model.resolve(vocab_size=1, max_position_embeddings=1))
         unused = None if self.validate_every else "has no effect while validate_every is 0"
         fill_or_refuse(self, "validation_tokens", VALIDATION_TOKENS, unused=unused)
         elastic = None if self.is_elastic else "has no effect with a fixed number of workers"
@@ -204,14 +162,17 @@ class TrainSettings:
         self._check_muon()
 
     def _fill_for_model(self, config: ModelConfig) -> None:
-        """Give what concerns experts and multi-token prediction its default, or refuse it in a model without."""
+        """Give what concerns experts and multi-token prediction its default, or refuse it where it has no effect."""
         dense = None if config.num_moe_layers else "has no effect in a dense model"
         biased = None if config.has_router_bias else "has no effect where routers have no bias (topk_method noaux_tc)"
-        fill_or_refuse(self, "router_bias_speed", ROUTER_BIAS_SPEED, unused=dense or biased)
+        speed = ROUTER_BIAS_SPEED if self.lora is None else 0.0
+        fill_or_refuse(self, "router_bias_speed", speed, unused=dense or biased)
+        is_plain = self.objective.kind == "next_token" and self.lora is None
+        other = None if is_plain else "has no effect with lora and with objectives other than next_token"
         weight = BALANCE_WEIGHT if config.has_router_bias else BALANCE_WEIGHT_ALONE
-        fill_or_refuse(self, "balance_weight", weight, unused=dense)
+        fill_or_refuse(self, "balance_weight", weight, unused=dense or other)
         unused = None if config.num_nextn_predict_layers else "has no effect while num_nextn_predict_layers is 0"
-        fill_or_refuse(self, "prediction_weight", PREDICTION_WEIGHT, unused=unused)
+        fill_or_refuse(self, "prediction_weight", PREDICTION_WEIGHT, unused=unused or other)
         self._check_parallel(config)
 
     def _check_parallel(self, config: ModelConfig) -> None:
@@ -224,6 +185,8 @@ class TrainSettings:
             optimizer=self.optimizer.kind,
             attention=config.attention,
             has_experts=config.num_moe_layers > 0,
+            objective=self.objective.kind,
+            has_adapters=self.lora is not None,
             is_compiled=self.compile,
         )
         rule = refusal(choice)
@@ -232,6 +195,43 @@ class TrainSettings:
             shown = list(choice.axes) if isinstance(value, Parallel) else value
             raise ConfigError(rule.field, shown, rule.allowed, rule.action)
         check_sizes(self.parallel, config, self.seq_len)
+
+    def new_model(self, vocab_size: int) -> ModelConfig:
+        """Return the model that is made anew, for rows of `seq_len`; for settings whose step starts from none."""
+        assert self.model is not None, "check_named wants a model where there is no init_from"
+        return self.model.resolve(vocab_size, self.seq_len)
+
+    def for_model(self, config: ModelConfig) -> "TrainSettings":
+        """Return the settings for a model that comes from a checkpoint, what depends on it filled in.
+
+        Raises:
+            ConfigError: a setting has no effect on this model.
+        """
+        copy = dataclasses.replace(self)
+        copy._fill_for_model(config)
+        return copy
+
+    def check_named(self, names: frozenset[str], *, where: str) -> None:
+        """Refuse a model from two places or none, and a teacher or a start that is missing or of no use.
+
+        Args:
+            names: the inputs that the step names by keys of their own, `init_from` and `teacher`.
+        """
+        has_start, has_teacher = "init_from" in names, "teacher" in names
+        if has_start and self.model is not None:
+            allowed = "must not be given beside init_from, whose checkpoint says what the model is"
+            raise ConfigError(f"{where}.model", self.model.preset, allowed, "remove one of them")
+        if not has_start and self.model is None:
+            raise ConfigError(f"{where}.model", "missing", "must be given, or else init_from", "add one to the step")
+        action = 'add init_from = "STEP" beside stage'
+        if not has_start and self.objective.kind == "dpo":
+            raise ConfigError(f"{where}.objective.kind", "dpo", "needs a checkpoint to start from", action)
+        if not has_start and self.lora is not None:
+            raise ConfigError(f"{where}.lora.rank", self.lora.rank, "needs a checkpoint to start from", action)
+        if has_teacher != (self.objective.kind == "distill"):
+            value = "given" if has_teacher else "missing"
+            allowed = 'must be named with objective.kind = "distill", and only then'
+            raise ConfigError(f"{where}.teacher", value, allowed, "add or remove it, beside stage")
 
     def _check_length(self) -> None:
         """Want exactly one of `steps` and `tokens`, and more steps than the warm-up has."""
@@ -291,6 +291,9 @@ class TrainSettings:
 
         Source: DeepSpeed 0.19.8, stage_1_and_2.py `step` and stage3.py `step`: the norm is taken after Muon ran.
         """
+        if self.optimizer.kind == "muon" and self.lora is not None:
+            action = 'use kind = "adamw"'
+            raise ConfigError("optimizer.kind", "muon", "must be adamw with lora: A and B are factors", action)
         if self.optimizer.kind == "muon" and self.zero_stage >= 1 and self.gradient_clipping > 0:
             allowed = "must be 0 with Muon in ZeRO 1-3, where DeepSpeed clips the orthogonalized update"
             action = "set it to 0 (Muon's update does not grow with the gradient), or set zero_stage to 0"

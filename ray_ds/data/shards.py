@@ -17,7 +17,7 @@ from ray_ds import storage
 from ray_ds.artifacts import TokenShards, open_artifact
 from ray_ds.data.shard_cache import ShardCache
 from ray_ds.data.shard_folder import ShardFile
-from ray_ds.errors import ArtifactError, InputError
+from ray_ds.errors import ArtifactError
 
 Split = Literal["train", "validation"]
 SPLITS: tuple[Split, ...] = ("train", "validation")
@@ -36,27 +36,51 @@ def token_dtype(vocab_size: int) -> type[np.uint16] | type[np.uint32]:
     return np.uint16 if vocab_size <= MAX_UINT16_VOCAB else np.uint32
 
 
-def write_shard(uri: str, documents: Sequence[NDArray[Any]], doc_ids: Sequence[str], dtype: DTypeLike) -> None:
+def write_shard(
+    uri: str,
+    documents: Sequence[NDArray[Any]],
+    doc_ids: Sequence[str],
+    dtype: DTypeLike,
+    loss_masks: Sequence[NDArray[Any]] | None = None,
+) -> None:
     """Write documents (1-D arrays of ids) as one shard, atomically."""
-    storage.write_bytes(uri, encode_shard(documents, doc_ids, dtype))
+    storage.write_bytes(uri, encode_shard(documents, doc_ids, dtype, loss_masks))
 
 
-def encode_shard(documents: Sequence[NDArray[Any]], doc_ids: Sequence[str], dtype: DTypeLike) -> bytes:
+def encode_shard(
+    documents: Sequence[NDArray[Any]],
+    doc_ids: Sequence[str],
+    dtype: DTypeLike,
+    loss_masks: Sequence[NDArray[Any]] | None = None,
+) -> bytes:
     """Return documents (1-D arrays of ids) as one shard; the same documents give the same bytes.
 
     All documents are one record batch, so that the flat values of `tokens` are the shard's token stream.
+
+    Args:
+        loss_masks: for each document 1 where a token is learnt and 0 where it is only read; a document's first token
+            is never learnt. With them the shard also has `loss_mask` and, of each document, `num_targets`.
     """
     assert len(documents) == len(doc_ids)
     offsets = np.zeros(len(documents) + 1, np.int64)
     np.cumsum([len(document) for document in documents], out=offsets[1:])
-    flat = np.concatenate([np.zeros(0, dtype), *documents]).astype(dtype, casting="same_kind")
-    tokens = pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(flat))
-    batch = pa.record_batch([pa.array(doc_ids, pa.string()), tokens], names=["doc_id", "tokens"])
+    columns = {"doc_id": pa.array(doc_ids, pa.string()), "tokens": _flat_list(documents, offsets, dtype)}
+    if loss_masks is not None:
+        assert [len(mask) for mask in loss_masks] == [len(document) for document in documents]
+        columns["loss_mask"] = _flat_list(loss_masks, offsets, np.uint8)
+        columns["num_targets"] = pa.array([int(mask[1:].sum()) for mask in loss_masks], pa.int64())
+    batch = pa.record_batch(list(columns.values()), names=list(columns))
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, batch.schema) as writer:
         writer.write_batch(batch)
     data: bytes = sink.getvalue().to_pybytes()
     return data
+
+
+def _flat_list(parts: Sequence[NDArray[Any]], offsets: NDArray[np.int64], dtype: DTypeLike) -> pa.LargeListArray:
+    """Return a column of lists whose values lie one after another."""
+    flat = np.concatenate([np.zeros(0, dtype), *parts]).astype(dtype, casting="same_kind")
+    return pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(flat))
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +102,18 @@ class MappedShard:
         """Where its documents begin, and where the last one ends."""
         offsets: NDArray[np.int64] = self.batch.column("tokens").offsets.to_numpy(zero_copy_only=True)
         return offsets
+
+    @property
+    def loss_mask(self) -> NDArray[np.uint8]:
+        """1 for each token that is learnt, a view of the file; for shards written with masks."""
+        mask: NDArray[np.uint8] = self.batch.column("loss_mask").values.to_numpy(zero_copy_only=True)
+        return mask
+
+    @property
+    def num_targets(self) -> NDArray[np.int64]:
+        """How many tokens of each document are learnt; for shards written with masks."""
+        counts: NDArray[np.int64] = self.batch.column("num_targets").to_numpy(zero_copy_only=True)
+        return counts
 
 
 class TokenSplit:
@@ -135,7 +171,7 @@ class TokenSplit:
     @property
     def num_documents(self) -> int:
         """Return the number of documents; every shard is opened for it."""
-        return sum(len(self._shard(shard).offsets) - 1 for shard in range(self.num_shards))
+        return sum(len(self.shard(shard).offsets) - 1 for shard in range(self.num_shards))
 
     @property
     def cache(self) -> ShardCache | None:
@@ -154,7 +190,7 @@ class TokenSplit:
             ClusterError: the node's disk has no room for it.
         """
         if shard not in self._streams:
-            self._streams[shard] = self._shard(shard).tokens
+            self._streams[shard] = self.shard(shard).tokens
         return self._streams[shard]
 
     def read_ahead(self, order: Sequence[int], count: int) -> None:
@@ -206,15 +242,15 @@ class TokenSplit:
         """Yield each document's ids, BOS first, as views of the files."""
         for shard in range(self.num_shards):
             tokens = self.shard_tokens(shard)
-            for start, stop in itertools.pairwise(self._shard(shard).offsets):
+            for start, stop in itertools.pairwise(self.shard(shard).offsets):
                 yield tokens[start:stop]
 
     def doc_ids(self) -> Iterator[str]:
         """Yield the document ids, in the order of `documents`."""
         for shard in range(self.num_shards):
-            yield from self._shard(shard).batch.column("doc_id").to_pylist()
+            yield from self.shard(shard).batch.column("doc_id").to_pylist()
 
-    def _shard(self, shard: int) -> MappedShard:
+    def shard(self, shard: int) -> MappedShard:
         """Return a shard, mapped now if it was not."""
         if shard not in self._mapped:
             assert self._cache is not None, "local shards are all mapped"
@@ -293,19 +329,3 @@ def _check_any(folder: str, shards: Sequence[object]) -> None:
 def _damaged(uri: str, value: str) -> ArtifactError:
     allowed = "must be one record batch of doc_id and tokens (large_list of uint16 or uint32)"
     return ArtifactError(uri, value, allowed, "restore the file or run the tokenize step again")
-
-
-def check_rows(split: TokenSplit, folder_uri: str, seq_len: int) -> None:
-    """Make sure that a split has at least one row.
-
-    Raises:
-        InputError: every shard is shorter than `seq_len + 1` tokens.
-    """
-    if not split.num_rows(seq_len):
-        longest = max(split.tokens_per_shard)
-        raise InputError(
-            folder_uri,
-            f"its longest shard has {longest} tokens",
-            f"must have a shard of at least seq_len + 1 = {seq_len + 1} tokens",
-            "give more text or shorten seq_len",
-        )

@@ -1,18 +1,16 @@
 """Loading what is evaluated."""
 
-import os
-import shutil
 from pathlib import Path
 
 import torch
 
-from ray_ds import storage
 from ray_ds.artifacts import Artifact, QuantizedModel
+from ray_ds.model import local_folder
 from ray_ds.model.checkpoint_folder import load_checkpoint_folder
 from ray_ds.model.decoder import Decoder
 from ray_ds.quantize import load_quantized
 
-MODEL_FOLDER = "model"
+MODEL_FOLDER = local_folder.MODEL_FOLDER
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -31,22 +29,4 @@ def load_model(artifact: Artifact, precision: str, device: str, cache: Path) -> 
 
 def local_model_folder(artifact: Artifact, cache: Path) -> Path:
     """Return the artefact's `model/` on this node, copied into `cache` when the artefact is on an object store."""
-    if not storage.is_remote(artifact.uri):
-        return storage.local_path(artifact.path(MODEL_FOLDER))
-    target = cache / artifact.digest
-    if target.exists():
-        return target
-    partial = cache / f".{artifact.digest}.{os.getpid()}.partial"
-    for info in artifact.manifest.files:
-        if info.path.startswith(f"{MODEL_FOLDER}/"):
-            path = partial / info.path.removeprefix(f"{MODEL_FOLDER}/")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(path, "wb") as file:
-                for block in storage.read_blocks(artifact.path(info.path)):
-                    file.write(block)
-    try:
-        os.replace(partial, target)
-    except OSError:  # another process of this node was faster
-        shutil.rmtree(partial)
-        assert target.exists(), f"cannot move {partial} to {target}"
-    return target
+    return local_folder.local_model_folder(artifact.uri, cache)

@@ -30,7 +30,7 @@ def summed_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return loss
 
 
-def _chunk_rows(logits: Tensor) -> int:
+def chunk_rows(logits: Tensor) -> int:
     """Return how many rows of `logits` are worked on at once."""
     return max(1, (GPU_CHUNK if logits.is_cuda else CPU_CHUNK) // logits.shape[1])
 
@@ -45,7 +45,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, logits: Tensor, targets: Tensor) -> Tensor:
         """Return the sum."""
-        rows = _chunk_rows(logits)
+        rows = chunk_rows(logits)
         log_sums = torch.cat([chunk.float().logsumexp(dim=-1) for chunk in torch.split(logits, rows)])  # (N,)
         is_counted = targets != IGNORED_TARGET
         at_target = logits.gather(1, targets.clamp(min=0)[:, None])[:, 0].float()  # (N,)
@@ -57,7 +57,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
         """Return the gradient of the logits, in their type."""
         logits, targets, log_sums = ctx.saved_tensors  # type: ignore[attr-defined]
-        rows = _chunk_rows(logits)
+        rows = chunk_rows(logits)
         weights = (targets != IGNORED_TARGET).float() * grad  # (N,)
         out = torch.empty_like(logits)
         columns = (targets.clamp(min=0)[:, None], log_sums[:, None], weights[:, None])  # (N, 1) each

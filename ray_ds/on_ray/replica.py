@@ -17,6 +17,8 @@ from starlette.types import ASGIApp
 
 from ray_ds import storage
 from ray_ds.artifacts import Artifact, Checkpoint, QuantizedModel, open_artifact
+from ray_ds.chat.encoding import ChatEncoder
+from ray_ds.chat.template import TEMPLATE_FILE, ChatTemplate
 from ray_ds.config.serve import AutoscalingSettings, ServeSettings
 from ray_ds.errors import ArtifactError
 from ray_ds.evaluate.models import local_model_folder
@@ -26,7 +28,7 @@ from ray_ds.serve.http.app import build_app
 from ray_ds.serve.http.service import CompletionService, ModelCard
 from ray_ds.serve.load import load_served_model
 from ray_ds.serve.slot_decoder import SlotDecoder
-from ray_ds.tokenizer import load_tokenizer
+from ray_ds.tokenizer import BpeTokenizer, load_tokenizer
 
 HEALTH_REQUESTS = 16
 """Requests a replica takes beyond those its engine may hold, so that `/health` and refusals are answered at once."""
@@ -72,6 +74,7 @@ class ModelReplica:
             card=card,
             api_key_hash=api_key_hash,
             max_body_bytes=settings.max_body_bytes,
+            chat=_load_chat(folder, tokenizer),
         )
         self._engine.start()
         seconds = time.monotonic() - started
@@ -94,6 +97,12 @@ class ModelReplica:
         """End the engine, after Serve has waited for the open requests."""
         if hasattr(self, "_engine"):
             self._engine.close()
+
+
+def _load_chat(folder: Path, tokenizer: BpeTokenizer) -> ChatEncoder | None:
+    """Return how a model's messages become prompts, if it has a chat template."""
+    file = folder / TEMPLATE_FILE
+    return ChatEncoder(ChatTemplate(file.read_text()), tokenizer) if file.exists() else None
 
 
 def check_model_files(artifact: Artifact, folder: Path) -> None:

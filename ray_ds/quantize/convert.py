@@ -17,6 +17,7 @@ from ray_ds.quantize.layout import SCALE_SUFFIX, is_quantized, quantization_conf
 from ray_ds.quantize.scheme import dequantize_weight, quantize_weight
 
 COPIED_FILES = ("tokenizer.json", "generation_config.json")
+COPIED_IF_THERE = ("chat_template.jinja",)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,6 +58,9 @@ def quantize_folder(source: Path, target: Path, *, max_shard_bytes: int) -> Mode
     _write_json(target / CONFIG_FILE, {**config, "dtype": "bfloat16", "quantization_config": quantization_config()})
     for name in COPIED_FILES:
         shutil.copyfile(source / name, target / name)
+    for name in COPIED_IF_THERE:
+        if (source / name).exists():
+            shutil.copyfile(source / name, target / name)
     return ModelBytes(int8=written, bf16=sum(2 * tensor.numel() for tensor in tensors.values()))
 
 

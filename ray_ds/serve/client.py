@@ -39,6 +39,38 @@ def generate(
     return str(content["choices"][0]["text"])
 
 
+def ask(
+    url: str,
+    question: str,
+    *,
+    max_tokens: int = 64,
+    temperature: float = 0.0,
+    seed: int | None = None,
+    api_key: str | None = None,
+    model: str | None = None,
+) -> str:
+    """Return the answer to a user's question where the model has a chat template, else what it writes after it.
+
+    Raises:
+        ClusterError: as `generate`.
+    """
+    if not (read_health(url) or {}).get("has_chat_template"):
+        return generate(
+            url,
+            question,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            seed=seed,
+            api_key=api_key,
+            model=model,
+        )
+    body = _body(question, max_tokens, temperature, seed, model)
+    body["messages"] = [{"role": "user", "content": body.pop("prompt")}]
+    with _post(url, body, api_key, route="/v1/chat/completions") as response:
+        content = _read_json(url, response.read())
+    return str(content["choices"][0]["message"]["content"])
+
+
 def generate_stream(
     url: str,
     prompt: str,
@@ -95,11 +127,13 @@ def _body(prompt: str, max_tokens: int, temperature: float, seed: int | None, mo
     return {name: value for name, value in content.items() if value is not None}
 
 
-def _post(url: str, body: Mapping[str, Any], api_key: str | None) -> http.client.HTTPResponse:
+def _post(
+    url: str, body: Mapping[str, Any], api_key: str | None, route: str = "/v1/completions"
+) -> http.client.HTTPResponse:
     headers = {"Content-Type": "application/json"}
     if api_key is not None:
         headers["Authorization"] = f"Bearer {api_key}"
-    request = urllib.request.Request(f"{url}/v1/completions", json.dumps(body).encode(), headers)
+    request = urllib.request.Request(f"{url}{route}", json.dumps(body).encode(), headers)
     try:
         return _open(request, ANSWER_TIMEOUT_S)
     except urllib.error.HTTPError as error:

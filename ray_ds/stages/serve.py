@@ -13,7 +13,7 @@ from ray_ds.model.hugging_face import from_hf_config
 from ray_ds.on_ray.endpoint import check_route, deploy, start_proxy
 from ray_ds.on_ray.preflight import check_cluster
 from ray_ds.on_ray.replica import build_application
-from ray_ds.serve.client import generate
+from ray_ds.serve.client import ask
 from ray_ds.serve.http.auth import hash_api_key
 from ray_ds.tokenizer import load_tokenizer
 
@@ -41,7 +41,7 @@ def serve(settings: ServeSettings, run: StageRun) -> Artifact:
     application = build_application(model.uri, run.digest, settings, api_key_hash)
     url = deploy(application, settings, run.digest, lambda state: progress.update(0, state=state))
     progress.update(1, url=url)
-    answer = generate(url, settings.question, max_tokens=QUESTION_TOKENS, api_key=api_key, model=settings.model_id)
+    answer = ask(url, settings.question, max_tokens=QUESTION_TOKENS, api_key=api_key, model=settings.model_id)
     log_event("endpoint_answers", url=url, question=settings.question, answer=answer)
     progress.update(2, url=url)
     facts = {"url": url, "model_id": settings.model_id, "digest": run.digest}

@@ -1,5 +1,6 @@
-"""The train stage: TokenShards -> Checkpoint, on Ray Train with DeepSpeed."""
+"""The train stage: TokenShards -> Checkpoint, on Ray Train with DeepSpeed; also fine-tuning of a Checkpoint."""
 
+import json
 import time
 from collections.abc import Mapping
 from typing import Literal
@@ -9,11 +10,15 @@ import torch
 
 from ray_ds import storage
 from ray_ds.artifacts import Artifact, StageRun, TokenShards
+from ray_ds.config.model import ModelConfig
 from ray_ds.config.model_size import num_parameters
 from ray_ds.config.train import TrainSettings
-from ray_ds.data.shards import Split, check_rows
-from ray_ds.errors import ConfigError
+from ray_ds.data.rows import ROW_KIND, PackedRows, RowKind, check_any_row, open_rows
+from ray_ds.data.shards import Split
+from ray_ds.errors import ArtifactError, ConfigError
 from ray_ds.logs import Progress, log_event
+from ray_ds.model.hugging_face import from_hf_config
+from ray_ds.model.local_folder import MODEL_FOLDER
 from ray_ds.on_ray.gauges import TrainGauges
 from ray_ds.on_ray.preflight import check_cluster
 from ray_ds.on_ray.stopping import stop_request
@@ -60,12 +65,28 @@ def train(settings: TrainSettings, run: StageRun) -> Artifact:
 
 
 def make_task(settings: TrainSettings, shards: TokenShards, run: StageRun) -> TrainTask:
-    """Return what the workers are told."""
+    """Return what the workers are told.
+
+    Raises:
+        ArtifactError: a checkpoint does not go with the shards.
+        ConfigError: rows are longer than the model takes, or the objective wants other shards.
+    """
     tokenizer = load_tokenizer(shards.path("tokenizer.json"))
+    start, teacher = (run.named.get(name) for name in ("init_from", "teacher"))
+    if start is not None:
+        config = read_model(start, shards, settings, run.step)
+        settings = settings.for_model(config)
+    else:
+        config = settings.new_model(shards.fact("vocab_size"))
+    if teacher is not None:
+        read_model(teacher, shards, settings, run.step)
     return TrainTask(
         settings=settings,
-        config=settings.model.resolve(shards.fact("vocab_size"), settings.seq_len),
+        config=config,
         shards=shards.uri,
+        rows=check_row_kind(shards, settings, run.step),
+        init_from=None if start is None else start.uri,
+        teacher=None if teacher is None else teacher.uri,
         checkpoints=run.work_path("checkpoints"),
         output=run.uri,
         bos_token_id=tokenizer.bos_id,
@@ -73,6 +94,43 @@ def make_task(settings: TrainSettings, shards: TokenShards, run: StageRun) -> Tr
         device=choose_device(settings, run.step),
         job_started=time.time(),
     )
+
+
+def read_model(checkpoint: Artifact, shards: TokenShards, settings: TrainSettings, step: str) -> ModelConfig:
+    """Return what a checkpoint's model is, if it goes with the shards.
+
+    Raises:
+        ArtifactError: it has another tokenizer, or knows fewer tokens.
+        ConfigError: rows are longer than it takes.
+    """
+    config = from_hf_config(json.loads(storage.read_bytes(checkpoint.path(MODEL_FOLDER, "config.json"))))
+    found, wanted = checkpoint.fact("tokenizer_digest"), shards.fact("tokenizer_digest")
+    if found != wanted:
+        allowed = f"must have the tokenizer of the shards, {wanted}, or its tokens mean other text"
+        raise ArtifactError(checkpoint.uri, f"tokenizer {found}", allowed, "tokenize the text with its own tokenizer")
+    if config.vocab_size < shards.fact("vocab_size"):
+        allowed = f"must be at least the {shards.fact('vocab_size')} tokens of the shards"
+        raise ArtifactError(f"{checkpoint.uri}: vocab_size", config.vocab_size, allowed, "use a checkpoint made for it")
+    if settings.seq_len > config.max_position_embeddings:
+        allowed = f"must be at most {config.max_position_embeddings}, what {checkpoint.uri} was made for"
+        raise ConfigError(f"{step}.seq_len", settings.seq_len, allowed, "lower it")
+    return config
+
+
+def check_row_kind(shards: TokenShards, settings: TrainSettings, step: str) -> RowKind:
+    """Return how the shards become rows.
+
+    Raises:
+        ConfigError: the objective wants other shards.
+    """
+    kind: RowKind = shards.manifest.facts.get(ROW_KIND, "stream")  # type: ignore[assignment]
+    if (kind == "preference") != (settings.objective.kind == "dpo"):
+        allowed = "must be dpo on preference shards, and only there; these are " + kind
+        raise ConfigError(f"{step}.objective.kind", settings.objective.kind, allowed, "name other shards in `from`")
+    if settings.document_mask and kind != "stream":
+        allowed = "has no effect on conversations, which never see each other"
+        raise ConfigError(f"{step}.document_mask", True, allowed, "remove it")
+    return kind
 
 
 def choose_device(settings: TrainSettings, step: str) -> Device:
@@ -101,7 +159,10 @@ def check_task(task: TrainTask, run: StageRun) -> None:
     splits: list[Split] = ["train", "validation"] if settings.validate_every else ["train"]
     for split in splits:
         opened = open_split(task.shards, split, settings.shard_cache_bytes)
-        check_rows(opened, storage.join(task.shards, split), settings.seq_len)
+        rows = open_rows(opened, task.rows, settings.seq_len)
+        check_any_row(rows, storage.join(task.shards, split), settings.seq_len)
+        if isinstance(rows, PackedRows) and rows.num_dropped:
+            log_event("conversations_left_out", split=split, count=rows.num_dropped, longer_than=settings.seq_len + 1)
         if split == "train":
             check_cache(opened, settings, field=f"{run.step}.shard_cache_bytes")
     check_cluster(
@@ -111,5 +172,7 @@ def check_task(task: TrainTask, run: StageRun) -> None:
         gpus_per_worker=1.0 if task.device == "cuda" else 0.0,
         field=f"{run.step}.num_workers",
     )
+    for checkpoint in run.named.values():
+        checkpoint.verify_files()
     if not storage.is_remote(task.shards):  # those on an object store are checked when a node fetches them
         run.input(TokenShards).verify_files()  # last, for it reads every shard

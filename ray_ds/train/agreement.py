@@ -32,27 +32,26 @@ class Word:
 class Agreement:
     """The processes' words on their way to each other; all processes make and read it together.
 
-    One collective of about ten numbers a process. The losses are added in fp64 in the order of the ranks, so the result
+    One collective of a few numbers a process. The sums are added in fp64 in the order of the ranks, so the result
     does not depend on how a library reduces.
 
     Args:
-        loss_sums: the loss and its parts, 1-D fp64 on the device of the process group, summed over this process's
-            micro-batches.
+        sums: fp64, (S,), on the device of the process group: loss and figures over this process's micro-batches.
     """
 
-    def __init__(self, loss_sums: Tensor, word: Word) -> None:
+    def __init__(self, sums: Tensor, word: Word) -> None:
         fields = torch.tensor([float(value) for value in astuple(word)], dtype=torch.double)
-        mine = torch.cat([loss_sums, fields.to(loss_sums.device, non_blocking=True)])
-        self._num_losses = len(loss_sums)
-        self._words = torch.empty(dist.get_world_size() * len(mine), dtype=torch.double, device=loss_sums.device)
+        mine = torch.cat([sums, fields.to(sums.device, non_blocking=True)])  # (S + 7,)
+        self._num_sums = len(sums)
+        self._words = torch.empty(dist.get_world_size() * len(mine), dtype=torch.double, device=sums.device)
         dist.all_gather_into_tensor(self._words, mine)
 
     def read(self) -> tuple[list[float], Word]:
-        """Return the sums of all losses and the common word, the same on each process; waits for the device."""
+        """Return all processes' sums and the common word, the same on each process; waits for the device."""
         rows = self._words.view(dist.get_world_size(), -1).tolist()
-        columns = list(zip(*rows, strict=True))
-        losses, words = columns[: self._num_losses], columns[self._num_losses :]
-        requests, failures, sendings, steps, stalls, others, memories = words
+        sums = [sum(values) for values in zip(*(row[: self._num_sums] for row in rows), strict=True)]
+        words = (row[self._num_sums :] for row in rows)
+        requests, failures, sendings, steps, stalls, others, memories = zip(*words, strict=True)
         common = Word(
             request=Request(int(max(requests))),
             has_failed=any(failures),
@@ -62,4 +61,4 @@ class Agreement:
             other_s=max(others),
             memory_bytes=int(max(memories)),
         )
-        return [sum(loss) for loss in losses], common
+        return sums, common

@@ -6,7 +6,6 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,11 +14,13 @@ from torch import Tensor
 
 from ray_ds import storage
 from ray_ds.config.train import TrainSettings
+from ray_ds.data.rows import NO_TARGET, Rows
 from ray_ds.data.sampler import Sampler
 from ray_ds.data.shard_cache import ShardCache
 from ray_ds.data.shards import Split, TokenSplit
 from ray_ds.errors import ConfigError
 from ray_ds.model.loss import IGNORED_TARGET
+from ray_ds.train.objective import MicroBatch
 
 READ_AHEAD = 2
 """Micro-batches that are ready before they are asked for."""
@@ -27,16 +28,6 @@ WINDOWS_AHEAD = 2
 """Windows of shards that are fetched from an object store behind the one in use."""
 SHARD_CACHE_BYTES = 64 << 30
 """What the shards of an object store may take on a node's disk."""
-
-
-class MicroBatch(NamedTuple):
-    """Rows that go through the model at once, (micro_batch, seq_len) each, int64."""
-
-    tokens: Tensor
-    targets: Tensor
-    """`IGNORED_TARGET` where nothing is predicted."""
-    index: int | None  # type: ignore[assignment]  # hides `tuple.index`, which nobody calls
-    """Its number in the batch's grid, the same for any world size; None for padding, in which no target counts."""
 
 
 def open_split(shards: str, split: Split, cache_bytes: int = SHARD_CACHE_BYTES) -> TokenSplit:
@@ -91,6 +82,10 @@ class Grid:
         rows: NDArray[np.int64] = self._batch[1][index]
         return rows
 
+    def batch(self, cursor: int) -> NDArray[np.int64]:
+        """Return the row indices of a whole batch, (batch_rows,)."""
+        return self.sampler.rows(cursor)
+
     def shards(self, cursor: int, index: int) -> list[int]:
         """Return the shards of the windows that a micro-batch's rows are in."""
         start = self.start(cursor, index)
@@ -104,25 +99,26 @@ class Grid:
 class Batches:
     """Deals a batch's rows out as a fixed grid of micro-batches, of which a rank takes neighbours.
 
-    The grid depends on the batch's number alone; more ranks only take fewer micro-batches each. Every row is full, so
-    that the targets of a batch, by which its loss is normalised, are `settings.batch_tokens` for any world size:
-    padding has none. A thread prepares the next micro-batches, so that training waits for rows only where they
-    cannot be read as fast as they are trained on; shards on an object store are fetched windows ahead.
+    The grid depends on the batch's number alone; more ranks only take fewer micro-batches each. What a batch's loss is
+    divided by, `terms`, follows from its rows, so it too is the same for any world size: padding has none. A thread
+    prepares the next micro-batches, so that training waits for rows only where they cannot be read as fast as they are
+    trained on; shards on an object store are fetched windows ahead.
 
     Raises:
         ConfigError: the node's cache of shards is too small.
     """
 
     def __init__(
-        self, split: TokenSplit, settings: TrainSettings, *, rank: int, world_size: int, device: torch.device
+        self, rows: Rows, settings: TrainSettings, *, rank: int, world_size: int, device: torch.device
     ) -> None:
-        check_cache(split, settings, field="shard_cache_bytes")
-        self._split = split
+        check_cache(rows.split, settings, field="shard_cache_bytes")
+        self._rows = rows
+        self._split = rows.split
         self._settings = settings
         self._device = device
         self._share = share_of(settings.num_micro_batches, rank=rank, world_size=world_size)
         sampler = Sampler(
-            split.shard_rows(settings.seq_len),
+            rows.shard_rows,
             seed=settings.seed,
             window_shards=settings.window_shards,
             batch_rows=settings.batch_rows,
@@ -132,6 +128,10 @@ class Batches:
         self._ahead: deque[tuple[tuple[int, int], Future[MicroBatch]]] = deque()
         self._needed: list[int] = []
         """Shards of the window or windows in use."""
+
+    def terms(self, cursor: int) -> int:
+        """Return what the loss of a batch is divided by: its targets, or its pairs, on all ranks."""
+        return sum(self._rows.terms(int(row)) for row in self._grid.batch(cursor))
 
     def of_batch(self, cursor: int) -> Iterator[MicroBatch]:
         """Yield this rank's micro-batches of a batch, on the device.
@@ -179,10 +179,11 @@ class Batches:
         index = self._share[place]
         if index is not None and self._split.cache is not None:
             self._have_shards(cursor, index)
-        tokens, targets = read_rows(self._split, self._grid.rows(cursor, index), self._settings.seq_len)
+        batch = read_rows(self._rows, self._grid.rows(cursor, index), self._settings.seq_len, index)
         if self._device.type == "cuda":
-            tokens, targets = tokens.pin_memory(), targets.pin_memory()
-        return MicroBatch(tokens, targets, index)
+            pinned = {name: getattr(batch, name).pin_memory() for name in _tensor_names(batch)}
+            batch = batch._replace(**pinned)
+        return batch
 
     def _have_shards(self, cursor: int, index: int) -> None:
         """Have the node's cache keep what a micro-batch needs, let go what is done with, and fetch what comes next."""
@@ -195,40 +196,58 @@ class Batches:
 
 
 def validation_batches(
-    split: TokenSplit, settings: TrainSettings, *, rank: int, world_size: int, device: torch.device
+    rows: Rows, settings: TrainSettings, *, rank: int, world_size: int, device: torch.device
 ) -> Iterator[MicroBatch]:
     """Yield a rank's part of a fixed grid of evenly spaced rows, filled up with rows without targets.
 
     All ranks get as many micro-batches. In the end the split's shards are released.
     """
     assert settings.validation_tokens is not None, "settings fill it in where there is validation"
-    num_rows = min(split.num_rows(settings.seq_len), -(-settings.validation_tokens // settings.seq_len))
-    indices = np.linspace(0, split.num_rows(settings.seq_len) - 1, num_rows).astype(np.int64)
+    split, last = rows.split, sum(rows.shard_rows) - 1
+    num_rows = min(last + 1, -(-settings.validation_tokens // settings.seq_len))
+    indices = np.linspace(0, last, num_rows).astype(np.int64)
     padding = np.full(-num_rows % settings.micro_batch, -1, np.int64)
     grid = np.concatenate([indices, padding]).reshape(-1, settings.micro_batch)
     share = share_of(len(grid), rank=rank, world_size=world_size)
     chosen = [grid[index] if index is not None else np.full(settings.micro_batch, -1, np.int64) for index in share]
-    shards = [split.shards_of(rows[rows >= 0], settings.seq_len) for rows in chosen]
+    ends = np.cumsum(rows.shard_rows)
+    shards = [np.unique(np.searchsorted(ends, part[part >= 0], side="right")).tolist() for part in chosen]
     order = list(dict.fromkeys(shard for of_one in shards for shard in of_one))
     split.read_ahead(order, len(order))
-    for index, rows, needed in zip(share, chosen, shards, strict=True):
+    for index, part, needed in zip(share, chosen, shards, strict=True):
         split.keep_mapped(needed)
-        yield _to_device(MicroBatch(*read_rows(split, rows, settings.seq_len), index), device)
+        yield _to_device(read_rows(rows, part, settings.seq_len, index), device)
     split.release()
 
 
-def read_rows(split: TokenSplit, indices: NDArray[np.int64], seq_len: int) -> tuple[Tensor, Tensor]:
-    """Return rows as tokens and targets; index -1 gives a row without targets."""
-    rows = np.zeros((len(indices), seq_len + 1), np.int64)
-    is_row = indices >= 0
-    for place in np.flatnonzero(is_row):
-        rows[place] = split.row(int(indices[place]), seq_len)
-    whole = torch.from_numpy(rows)
-    targets = whole[:, 1:].masked_fill(~torch.from_numpy(is_row)[:, None], IGNORED_TARGET)
-    return whole[:, :-1].contiguous(), targets
+def read_rows(rows: Rows, indices: NDArray[np.int64], seq_len: int, index: int | None) -> MicroBatch:
+    """Return rows as a micro-batch with a number in the grid; index -1 gives a row without targets."""
+    tokens = np.zeros((len(indices), seq_len), np.int64)
+    targets = np.full((len(indices), seq_len), IGNORED_TARGET, np.int64)
+    segments = np.zeros((len(indices), seq_len), np.int64)
+    terms = 0
+    for place in np.flatnonzero(indices >= 0):
+        row = rows.row(int(indices[place]))
+        tokens[place] = row.tokens
+        targets[place] = row.targets if row.segments is None else _ignoring(row.targets)
+        if row.segments is not None:
+            segments[place] = row.segments
+        terms += rows.terms(int(indices[place]))
+    held = torch.from_numpy(segments) if rows.is_packed else None
+    return MicroBatch(torch.from_numpy(tokens), torch.from_numpy(targets), held, terms, index)
+
+
+def _ignoring(targets: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return targets in the words of the loss."""
+    return np.where(targets == NO_TARGET, IGNORED_TARGET, targets)
+
+
+def _tensor_names(batch: MicroBatch) -> list[str]:
+    """Return the fields of a micro-batch that are tensors."""
+    return [name for name, value in batch._asdict().items() if isinstance(value, Tensor)]
 
 
 def _to_device(batch: MicroBatch, device: torch.device) -> MicroBatch:
     """Return a micro-batch on the device; from pinned memory the copy is made while the device still computes."""
-    tokens, targets = (part.to(device, non_blocking=True) for part in (batch.tokens, batch.targets))
-    return MicroBatch(tokens, targets, batch.index)
+    moved = {name: getattr(batch, name).to(device, non_blocking=True) for name in _tensor_names(batch)}
+    return batch._replace(**moved)

@@ -12,12 +12,10 @@ from torch import Tensor
 
 from ray_ds import storage
 from ray_ds.config.model_size import flops_per_token
-from ray_ds.data.shards import TokenSplit
+from ray_ds.data.rows import Rows, open_rows
 from ray_ds.logs import log_event
 from ray_ds.model.balance import expert_load, reset_expert_load, update_router_bias
-from ray_ds.model.decoder import Decoder, LossWeights
 from ray_ds.model.documents import number_documents
-from ray_ds.model.initial import init_weights
 from ray_ds.train.agreement import Agreement, Word
 from ray_ds.train.bad_steps import BadSteps
 from ray_ds.train.batches import Batches, open_split, validation_batches
@@ -36,9 +34,11 @@ from ray_ds.train.metrics import (
     peak_memory,
     summarise,
 )
+from ray_ds.train.objective import MicroBatch
 from ray_ds.train.profile import StepProfiler
 from ray_ds.train.safekeeping import Progress, Safekeeping
 from ray_ds.train.schedule import lr_factor
+from ray_ds.train.start import DTYPES, make_objective
 from ray_ds.train.task import Stopped, TrainResult, TrainTask
 from ray_ds.train.tracker_kinds import TrackedRun
 from ray_ds.train.trackers import Trackers
@@ -46,7 +46,6 @@ from ray_ds.train.zero.engine import Engine, StepResult
 
 ATTEMPTS = "attempts.jsonl"
 PROFILE = "profile"
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def train(task: TrainTask, host: Host) -> TrainResult | Stopped:
@@ -81,20 +80,12 @@ class TrainLoop:
         self.task, self.settings, self.host = task, settings, host
         self.step, self.cursor = 0, 0
         host.beat("building the model")
-        self._loss_weights = LossWeights(
-            prediction=settings.prediction_weight or 0.0, balance=settings.balance_weight or 0.0
-        )
-        decoder = Decoder(
-            task.config,
-            recompute_activations=settings.recompute_activations,
-            kernels=settings.kernels,
-            weights=self._loss_weights,
-        )
-        init_weights(decoder, settings.seed)
-        self.decoder = decoder
-        self.engine = Engine(decoder, settings, device=host.device, world_size=host.world_size)
+        self.objective = make_objective(task, host.device)
+        self.decoder = self.objective.decoder
+        self.engine = Engine(self.objective, settings, device=host.device, world_size=host.world_size)
         split = open_split(task.shards, "train", settings.shard_cache_bytes)
-        self.batches = Batches(split, settings, **self._reader(), device=host.device)
+        rows = open_rows(split, task.rows, settings.seq_len)
+        self.batches = Batches(rows, settings, **self._reader(), device=host.device)
         self.safekeeping = Safekeeping(task, self.engine, host)
         self.profiler = StepProfiler(
             settings.profile_steps, folder=storage.join(task.output, PROFILE), rank=host.rank, device=host.device
@@ -107,6 +98,7 @@ class TrainLoop:
         )
         self._step_s, self._other_s = 0.0, 0.0
         self._record: Record = {}
+        self._terms = 1
         self.metrics = MetricsLog([], None)
         self.trackers: Trackers | None = None
 
@@ -179,23 +171,23 @@ class TrainLoop:
         )
 
     def _forward_backward(self, number: int) -> Tensor:
-        """Add up the gradient of this process's micro-batches; return sums, (3,) fp64: loss, prediction, balance."""
-        sums = torch.zeros(3, dtype=torch.double, device=self.host.device)
+        """Add up the gradient of this process's micro-batches; return their summed loss and figures, (1 + F,), fp64."""
+        sums = torch.zeros(1 + len(self.objective.figures), dtype=torch.double, device=self.host.device)
+        self._terms = self.batches.terms(self.cursor)
         with self.profiler.phase("forward_backward"):
-            for place, (tokens, targets, index) in enumerate(self.batches.of_batch(self.cursor)):
+            for place, batch in enumerate(self.batches.of_batch(self.cursor)):
                 self.host.beat(f"step {number} micro-batch {place + 1}")
-                if index is not None:
-                    _seed(self.settings.seed, self.cursor, index)
-                segments = self._segments(tokens)
-                sums[0] += self.engine.forward_backward(tokens, targets, segments=segments, counts=index is not None)
-                if self.decoder.extra_losses is not None:
-                    sums[1:] += self.decoder.extra_losses
+                if batch.index is not None:
+                    _seed(self.settings.seed, self.cursor, batch.index)
+                sums += self.engine.forward_backward(self._masked(batch), terms=self._terms)
         self.host.beat(f"step {number} gradients")
         return sums
 
-    def _segments(self, tokens: Tensor) -> Tensor | None:
-        """Return the numbers of the tokens' documents, or None where rows are trained on as one."""
-        return number_documents(tokens, self.task.bos_token_id) if self.settings.document_mask else None
+    def _masked(self, batch: MicroBatch) -> MicroBatch:
+        """Return a stream's rows with the numbers of their documents, where attention is to stay within these."""
+        if not self.settings.document_mask:
+            return batch
+        return batch._replace(segments=number_documents(batch.tokens, self.task.bos_token_id))
 
     def _update(self, number: int, agreement: Agreement, started: float) -> Word | None:
         """Update the weights and make the step's record; return the common word, or None where it was rolled back."""
@@ -205,9 +197,10 @@ class TrainLoop:
             if self.settings.bad_loss == "fail":  # a bad step is the last, so the device need not wait for the verdict
                 result = self.engine.step(factor)
             sums, word = agreement.read()
-            total, prediction, balance = (each / self.settings.batch_tokens for each in sums)
-            weights = self._loss_weights
-            loss = total - weights.prediction * prediction - weights.balance * balance
+            means = [total / self._terms for total in sums]
+            names = ("loss", *self.objective.figures)  # an objective may say what is to be called its loss
+            figures: dict[str, float | int | bool] = dict(zip(names, means, strict=True))
+            loss = float(figures["loss"])
             reason = self.bad_steps.judge(loss)
             if reason is not None and result is None:
                 self.engine.skip_step()
@@ -223,9 +216,9 @@ class TrainLoop:
             if self.settings.bad_loss == "roll_back":
                 self._roll_back()
                 return None
-        figures: dict[str, float | int | bool] = {"loss": loss, "lr": self.settings.optimizer.lr * factor}
-        figures |= {"prediction_loss": prediction} if weights.prediction else {}
-        figures |= {"balance_loss": balance} if weights.balance else {}
+        figures["lr"] = self.settings.optimizer.lr * factor
+        if self.task.rows != "stream":
+            figures["terms"] = self._terms
         if reason is not None or result is None:
             figures |= {"grad_norm": math.nan, "is_skipped": True}
         else:
@@ -288,18 +281,18 @@ class TrainLoop:
             self.host.report(self._record)
 
     @cached_property
-    def validation(self) -> TokenSplit:
-        """The validation split, opened at the first look."""
-        return open_split(self.task.shards, "validation", self.settings.shard_cache_bytes)
+    def validation(self) -> Rows:
+        """The rows of the validation split, opened at the first look."""
+        split = open_split(self.task.shards, "validation", self.settings.shard_cache_bytes)
+        return open_rows(split, self.task.rows, self.settings.seq_len)
 
     def validation_loss(self) -> float:
-        """Return the loss on rows of the validation split, in nats a token."""
+        """Return the loss on rows of the validation split, a mean over targets or pairs."""
         sums = torch.zeros(2, dtype=torch.float64, device=self.host.device)
-        batches = validation_batches(self.validation, self.settings, **self._reader(), device=self.host.device)
-        for tokens, targets, _ in batches:
+        for batch in validation_batches(self.validation, self.settings, device=self.host.device, **self._reader()):
             self.host.beat("validation")
-            sums[0] += self.engine.loss(tokens, targets, segments=self._segments(tokens))
-            sums[1] += (targets >= 0).sum() / self.engine.mesh.rows_shared_by
+            sums[0] += self.engine.loss(self._masked(batch))
+            sums[1] += batch.terms / self.engine.mesh.rows_shared_by
         dist.all_reduce(sums)
         return float(sums[0] / sums[1])
 

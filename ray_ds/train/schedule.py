@@ -2,7 +2,7 @@
 
 import math
 
-from ray_ds.config.train import Schedule
+from ray_ds.config.optimizer import Schedule
 
 
 def lr_factor(step: int, num_steps: int, schedule: Schedule) -> float:

@@ -7,6 +7,7 @@ from pydantic import JsonValue
 from ray_ds.config.model import ModelConfig
 from ray_ds.config.settings import as_json, decode_settings, settings
 from ray_ds.config.train import TrainSettings
+from ray_ds.data.rows import RowKind
 
 
 @settings
@@ -19,6 +20,12 @@ class TrainTask:
     """What to train."""
     shards: str
     """Folder of the TokenShards."""
+    rows: RowKind = "stream"
+    """How the documents of the shards become rows."""
+    init_from: str | None = None
+    """Folder of the Checkpoint whose weights training starts from; absent = random ones."""
+    teacher: str | None = None
+    """Folder of the Checkpoint that is distilled."""
     checkpoints: str
     """Folder that unfinished training goes on from."""
     output: str

@@ -109,7 +109,7 @@ def initial_model(context: Context) -> Checkpoint:
     vocab_size = write_shards(shards)
     settings = decode_settings(TrainSettings, SETTINGS, where="verify")
     run = make_run(context.work(NAME), "train", settings, run_dir=context.run_dir)
-    config = settings.model.resolve(vocab_size, settings.seq_len)
+    config = settings.new_model(vocab_size)
     task = TrainTask(
         settings=settings,
         config=config,

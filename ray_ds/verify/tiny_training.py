@@ -97,7 +97,7 @@ def train_tiny(
     run = make_run(storage.join(folder, name), "train", settings, run_dir=context.run_dir)
     task = TrainTask(
         settings=settings,
-        config=settings.model.resolve(vocab_size, settings.seq_len),
+        config=settings.new_model(vocab_size),
         shards=shards,
         checkpoints=run.work_path("checkpoints"),
         output=run.uri,

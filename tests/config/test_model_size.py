@@ -52,7 +52,7 @@ def test_parameters_are_what_torch_counts(name):
 
 @pytest.mark.shows("The published DeepSeek models are presets of exactly the published sizes")
 def test_published_models_have_the_published_sizes():
-    # github.com/deepseek-ai/DeepSeek-V3, README: 671B total, 37B activated; 685B in the folder on Hugging Face, with the
+    # github.com/deepseek-ai/DeepSeek-V3, README: 671B total, 37B activated; 685B in Hugging Face's folder: with the
     # prediction module, its copies of embedding and output projection, and a scale for every 128 x 128 FP8 weights.
     v3 = PRESETS["deepseek_v3"]
     assert num_parameters(v3) - num_prediction_parameters(v3) == 671_026_419_200
@@ -67,7 +67,7 @@ def test_published_models_have_the_published_sizes():
     assert num_parameters(v2) == 235_741_434_880
     assert round(num_active_parameters(v2) / 1e9) == 21
     assert num_parameters(lite) == 15_706_484_224
-    assert round((num_active_parameters(lite) - lite.vocab_size * lite.hidden_size) / 1e9, 1) == 2.4
+    assert 2.4e9 < num_active_parameters(lite) - lite.vocab_size * lite.hidden_size < 2.5e9
 
 
 def test_own_presets_have_the_sizes_of_their_names():

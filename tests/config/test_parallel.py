@@ -62,9 +62,9 @@ def test_settings_take_and_refuse_what_the_table_does() -> None:
 def test_every_rule_is_the_first_to_refuse_something_and_names_a_setting() -> None:
     from ray_ds.config.parallel import RULES
 
-    compiled = [cell(axes=(axis,), is_compiled=True, has_experts=axis == "expert") for axis in AXES]
-    found = {id(refusal(choice)) for choice in (*all_choices(), *compiled)}
-    settings = settings_of(cell())
+    more: list[dict[str, Any]] = [{"is_compiled": True}, {"objective": "dpo"}, {"has_adapters": True}]
+    found = {id(refusal(choice)) for choice in (*all_choices(), *(cell(axes=("sequence",), **one) for one in more))}
+    settings = settings_of(cell(), lora={"rank": 2})
     for rule in RULES:
         assert id(rule) in found, rule.allowed
         attrgetter(rule.field)(settings)
@@ -143,6 +143,16 @@ def test_refusals_say_what_to_do(choice: Choice, message: str) -> None:
             {"parallel": {"sequence": 2}, "num_workers": [2, 8], "scaling": "stock"},
             "train.scaling (stock) must be graceful in groups: Ray Train's own policy knows no whole groups; remove "
             "it.",
+        ),
+        (
+            {"parallel": {"sequence": 2}, "objective": {"kind": "dpo"}},
+            "train.objective.kind (dpo) must be next_token in groups: a second model or whole rows' logits would have "
+            "to be divided too; remove parallel.",
+        ),
+        (
+            {"parallel": {"tensor": 2}, "lora": {"rank": 2}},
+            "train.lora.rank (2) must be absent in groups: adapters beside divided weights would have to be divided "
+            "too; remove parallel, or lora.",
         ),
         (
             {"parallel": {"tensor": 2}, "num_workers": 18},

@@ -2,8 +2,9 @@ from typing import Any
 
 import pytest
 
+from ray_ds.config.optimizer import Muon
 from ray_ds.config.settings import as_json, decode_settings, digest_settings
-from ray_ds.config.train import Muon, TrainSettings
+from ray_ds.config.train import TrainSettings
 from ray_ds.errors import ConfigError
 
 PLAIN: dict[str, Any] = {

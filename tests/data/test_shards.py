@@ -9,8 +9,9 @@ import pyarrow as pa
 import pytest
 
 from ray_ds.artifacts import find_artifact
+from ray_ds.data.rows import StreamRows, check_any_row
 from ray_ds.data.shard_cache import ShardCache
-from ray_ds.data.shards import TokenSplit, check_rows, read_num_tokens, token_dtype, write_shard
+from ray_ds.data.shards import TokenSplit, read_num_tokens, token_dtype, write_shard
 from ray_ds.errors import ArtifactError, InputError
 from tests.data.fake_store import FakeStore, installed_store, put_shards
 
@@ -87,7 +88,7 @@ def test_empty_documents_and_shards_hold(tmp_path: Path) -> None:
     split = write_split(tmp_path, [[], [np.array([0], np.uint16)]])
     assert split.num_documents == 1 and split.num_tokens == 1 and split.num_rows(4) == 0
     with pytest.raises(InputError, match=r"\(its longest shard has 1 tokens\) must have a shard of at least seq_len"):
-        check_rows(split, str(tmp_path), 4)
+        check_any_row(StreamRows(split, 4), str(tmp_path), 4)
 
 
 def test_missing_and_damaged_shards_are_refused(tmp_path: Path) -> None:
@@ -116,7 +117,7 @@ def test_remote_shards_are_counted_without_a_fetch(tmp_path: Path, store: FakeSt
     split = TokenSplit.open(uri, "train", tmp_path / "cache")
     assert split.tokens_per_shard == tuple(COUNTS) and split.num_tokens == sum(COUNTS)
     assert split.shard_rows(100) == [4, 899, 0, 329] and split.num_rows(100) == 1232
-    check_rows(split, uri, 100)
+    check_any_row(StreamRows(split, 100), uri, 100)
     assert store.fetched() == []
 
 

@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from ray_ds.model import loss as loss_module
-from ray_ds.model.loss import IGNORED_TARGET, summed_cross_entropy
+from ray_ds.model.loss import IGNORED_TARGET, OutputHead, linear_cross_entropy, summed_cross_entropy
 
 
 @pytest.fixture(params=[1 << 20, 100], ids=["one chunk", "chunks of three rows"])
@@ -54,3 +54,43 @@ def test_nothing_to_predict_costs_nothing():
     loss.backward()
     assert loss.item() == 0
     assert not logits.grad.any()
+
+
+@pytest.mark.usefixtures("chunk")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_loss_of_hidden_states_is_that_of_their_logits(dtype):
+    hidden, weight = (torch.randn(20, 12) * 2).to(dtype), torch.randn(33, 12).to(dtype)
+    targets = torch.randint(33, (20,))
+    targets[::4] = IGNORED_TARGET
+    ours, theirs = ([tensor.clone().requires_grad_() for tensor in (hidden, weight)] for _ in range(2))
+    loss = linear_cross_entropy(*ours, targets)
+    wanted = F.cross_entropy((theirs[0] @ theirs[1].T).float(), targets, reduction="sum")
+    torch.testing.assert_close(loss, wanted)
+    (loss * 3).backward()
+    (wanted * 3).backward()
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 0.05}[dtype]
+    for found, expected in zip(ours, theirs, strict=True):
+        assert found.grad.dtype == dtype
+        torch.testing.assert_close(found.grad, expected.grad, rtol=tolerance, atol=tolerance * 10)
+
+
+def test_no_gradient_is_made_where_none_is_wanted():
+    hidden, weight = torch.randn(8, 12), torch.randn(33, 12)
+    loss = linear_cross_entropy(hidden, weight, torch.arange(8))
+    assert not loss.requires_grad
+    with torch.no_grad():
+        again = linear_cross_entropy(hidden.requires_grad_(), weight, torch.arange(8))
+    assert torch.equal(loss, again)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_every_way_of_the_head_gives_the_same(dtype):
+    hidden, targets = torch.randn(2, 10, 12).to(dtype), torch.randint(33, (2, 10))
+    weight = torch.randn(33, 12)
+    losses = []
+    for kernels in ("plain", "fast", "auto"):
+        head = OutputHead(12, 33, kernels).to(dtype)
+        head.weight.data.copy_(weight)
+        losses.append(head(hidden, targets))
+    torch.testing.assert_close(losses[1], losses[0])
+    torch.testing.assert_close(losses[2], losses[0])

@@ -10,12 +10,14 @@ import pytest
 import torch
 
 from ray_ds.config.train import TrainSettings
+from ray_ds.data.rows import StreamRows
 from ray_ds.data.shard_cache import ShardCache
 from ray_ds.data.shard_folder import ShardFolder
 from ray_ds.data.shards import TokenSplit
 from ray_ds.errors import ArtifactError, ConfigError
 from ray_ds.model.loss import IGNORED_TARGET
-from ray_ds.train.batches import Batches, MicroBatch, check_cache, open_split, share_of, validation_batches
+from ray_ds.train.batches import Batches, check_cache, open_split, share_of, validation_batches
+from ray_ds.train.objective import MicroBatch
 from tests.data.fake_store import FakeStore, installed_store, put_shards
 from tests.train.runs import make_settings, write_shards
 
@@ -35,7 +37,11 @@ def store(tmp_path: Path) -> Iterator[FakeStore]:
 
 
 def make_batches(split: TokenSplit, settings: TrainSettings, rank: int = 0, world_size: int = 1) -> Batches:
-    return Batches(split, settings, rank=rank, world_size=world_size, device=CPU)
+    return Batches(rows_of(split), settings, rank=rank, world_size=world_size, device=CPU)
+
+
+def rows_of(split: TokenSplit) -> StreamRows:
+    return StreamRows(split, make_settings().seq_len)
 
 
 def batch_of(batches: Batches, cursor: int) -> list[MicroBatch]:
@@ -77,7 +83,7 @@ def test_padding_has_no_target(split: TokenSplit) -> None:
 
 
 def test_targets_are_the_next_tokens(split: TokenSplit) -> None:
-    tokens, targets, _ = next(make_batches(split, make_settings()).of_batch(0))
+    tokens, targets, *_ = next(make_batches(split, make_settings()).of_batch(0))
     assert torch.equal(tokens[:, 1:], targets[:, :-1])
 
 
@@ -119,7 +125,7 @@ def test_rows_are_read_while_the_model_computes(split: TokenSplit, monkeypatch: 
 def test_rows_on_a_gpu_are_those_on_the_cpu(split: TokenSplit) -> None:
     """While the GPU is busy, the memory that is copied from must not be used again before the copy is made."""
     settings, device = make_settings(), torch.device("cuda")
-    on_gpu = Batches(split, settings, rank=0, world_size=1, device=device)
+    on_gpu = Batches(rows_of(split), settings, rank=0, world_size=1, device=device)
     on_cpu, found, busy = make_batches(split, settings), [], torch.randn(8192, 8192, device=device)
     for cursor in range(50):
         for batch in on_gpu.of_batch(cursor):
@@ -149,7 +155,7 @@ def test_validation_reads_each_row_once_and_gives_ranks_as_many_micro_batches(tm
     split = open_split(str(tmp_path), "validation")
     settings = make_settings(validate_every=1, validation_tokens=10**6)
     options = {"world_size": world_size, "device": CPU}
-    ranks = [list(validation_batches(split, settings, rank=rank, **options)) for rank in range(world_size)]
+    ranks = [list(validation_batches(rows_of(split), settings, rank=rank, **options)) for rank in range(world_size)]
     assert len({len(batches) for batches in ranks}) == 1
     batches = [batch for rank in ranks for batch in rank]
     rows = [row for batch in batches for row in batch.targets.numpy() if row[0] != IGNORED_TARGET]
@@ -222,8 +228,8 @@ def test_validation_reads_remote_shards_and_lets_them_go(tmp_path: Path, store: 
     local = TokenSplit.open(str(store.path(uri)), "validation")
     options = {"rank": 0, "world_size": 1, "device": CPU}
     for _ in range(2):
-        found = list(validation_batches(split, settings, **options))
-        expected = list(validation_batches(local, settings, **options))
+        found = list(validation_batches(rows_of(split), settings, **options))
+        expected = list(validation_batches(rows_of(local), settings, **options))
         assert all(torch.equal(a.targets, b.targets) for a, b in zip(found, expected, strict=True))
     assert len(list((tmp_path / "cache").glob("*.arrow"))) <= 2
 

@@ -3,7 +3,7 @@ import math
 
 import pytest
 
-from ray_ds.config.train import Schedule
+from ray_ds.config.optimizer import Schedule
 from ray_ds.train.schedule import lr_factor
 
 

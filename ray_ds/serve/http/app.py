@@ -1,4 +1,4 @@
-"""The routes: health, the models, and completions as JSON or server-sent events."""
+"""The routes: health, the models, and completions and chats as JSON or server-sent events."""
 
 import asyncio
 from typing import Any
@@ -10,6 +10,7 @@ from starlette.types import Receive, Scope, Send
 from ray_ds.serve.http.answers import Answers
 from ray_ds.serve.http.auth import check_api_key
 from ray_ds.serve.http.body import make_requests, parse_body, read_body
+from ray_ds.serve.http.chat import ChatAnswers, as_completion, parse_chat
 from ray_ds.serve.http.errors import ApiError, install_error_handlers
 from ray_ds.serve.http.service import CompletionService, ModelCard
 
@@ -65,6 +66,15 @@ def build_app(service: CompletionService) -> FastAPI:
         answers = Answers(service, body, await make_requests(body, service))
         return EventStream(answers) if body.stream else await _collect(request, answers)
 
+    @app.post("/v1/chat/completions")
+    async def chat(request: Request) -> Response:
+        check_api_key(request.headers.get("authorization"), service.api_key_hash)
+        body = parse_chat(await read_body(request, service.max_body_bytes))
+        if body.model is not None:
+            _check_model(body.model, service.card)
+        answers = ChatAnswers(service, *await as_completion(body, service))
+        return EventStream(answers) if body.stream else await _collect(request, answers)
+
     return app
 
 
@@ -82,6 +92,7 @@ def _health(service: CompletionService) -> dict[str, Any]:
         "model_digest": card.model_digest,
         "kind": card.kind,
         "integer_path": card.integer_path,
+        "has_chat_template": service.chat is not None,
         "max_model_len": service.engine.max_model_len,
         "num_running": stats.num_running,
         "num_waiting": stats.num_waiting,

@@ -1,7 +1,8 @@
 """What the routes share: the engine, the tokenizer, and who is being served."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from ray_ds.serve.engine import Engine, TokenTable
 
@@ -11,6 +12,13 @@ class ServingTokenizer(TokenTable, Protocol):
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text, without special tokens."""
+
+
+class ChatPrompts(Protocol):
+    """What the routes ask of a chat template; `chat.encoding.ChatEncoder` is one."""
+
+    def encode_prompt(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        """Return messages as the prompt that an answer follows."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,3 +48,5 @@ class CompletionService:
     api_key_hash: str | None
     """From `hash_api_key`; None = open to all who reach the port."""
     max_body_bytes: int
+    chat: ChatPrompts | None = None
+    """How messages become a prompt; None for a model without a chat template."""

@@ -1,4 +1,4 @@
-"""DeepSpeed behind five verbs: forward_backward, step, skip_step, state, load_state."""
+"""DeepSpeed behind five verbs: forward_backward, step, skip_step, state, load_state. It trains any objective."""
 
 import contextlib
 import logging
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ray_ds.config.train import TrainSettings
 from ray_ds.model.balance import uncounted
-from ray_ds.model.decoder import Decoder
+from ray_ds.train.objective import MicroBatch, Objective
 from ray_ds.train.parallel.cuts import joined
 from ray_ds.train.parallel.divide import divide
 from ray_ds.train.parallel.mesh import make_mesh
@@ -40,34 +40,33 @@ class StepResult:
 class Engine:
     """A model with its optimizer, partitioned over the processes of the default process group."""
 
-    def __init__(self, decoder: Decoder, settings: TrainSettings, *, device: torch.device, world_size: int) -> None:
+    def __init__(self, objective: Objective, settings: TrainSettings, *, device: torch.device, world_size: int) -> None:
         """Hand the model to DeepSpeed; all processes call this together, with equal weights.
 
         Args:
-            decoder: with its first weights, in fp32 on any device; it changes place and type.
+            objective: its decoder with its first weights, in fp32 on any device; it changes place and type. Parameters
+                that want no gradient stay as they are, and are in no state.
         """
         found = get_accelerator().device_name()
         assert found == device.type, f"DeepSpeed took {found}: set DS_ACCELERATOR={device.type} before it is imported"
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # it logs a page about every step of its set-up
         use_built_op()
         self.mesh = make_mesh(settings.parallel, rank=torch.distributed.get_rank(), world_size=world_size)
-        self._cuts = divide(decoder, self.mesh)
-        self.decoder = decoder.to(device)
-        optimizer = make_optimizer(decoder.named_parameters(), settings.optimizer, is_cuda=device.type == "cuda")
+        self._cuts = divide(objective.decoder, self.mesh)
+        self.decoder = decoder = objective.decoder.to(device)
+        trained = [(name, parameter) for name, parameter in decoder.named_parameters() if parameter.requires_grad]
+        optimizer = make_optimizer(trained, settings.optimizer, is_cuda=device.type == "cuda")
         self._peak_rates = [float(group["lr"]) for group in optimizer.param_groups]
         with contextlib.redirect_stdout(None):  # it prints that it built the op when it only loads it
             deepspeed.init_distributed(dist_init_required=False)
             mpu = groups.mpu = self.mesh if self._cuts else None  # DeepSpeed keeps the last engine's otherwise
             self._engine, *_ = deepspeed.initialize(
-                model=decoder,
+                model=objective,
                 optimizer=optimizer,
                 config=deepspeed_config(settings, world_size, is_cuda=device.type == "cuda"),
                 mpu=mpu,
                 dist_init_required=False,
             )
-        # DeepSpeed averages gradients over processes; with this factor the result is the gradient of the mean loss over
-        # the step's tokens, whatever the number of processes and micro-batches.
-        self._loss_factor = self.mesh.num_copies / settings.batch_tokens
         self._zero_stage = settings.zero_stage
         self._is_fp16 = settings.precision == "fp16"
         self._has_plain_fp32_optimizer = settings.zero_stage == 0 and settings.precision == "fp32"
@@ -78,30 +77,25 @@ class Engine:
         if settings.compile:
             self._engine.compile()
 
-    def forward_backward(
-        self, tokens: Tensor, targets: Tensor, *, segments: Tensor | None = None, counts: bool = True
-    ) -> Tensor:
-        """Add the gradient of a micro-batch, (B, T) each, and return its summed loss in nats, detached.
+    def forward_backward(self, batch: MicroBatch, *, terms: int) -> Tensor:
+        """Add the gradient of a micro-batch and return its summed loss and figures, (1 + F,), detached.
 
-        What else is in the loss is in `decoder.extra_losses` until the next call. Where a group has the same rows, both
-        are this process's share of them.
-
-        All processes call this together, ceil(M / W) times a step of M micro-batches.
+        All processes call this together, ceil(M / W) times a step of M micro-batches. The tokens of one that is padding
+        do not count in the experts' load: it adds exactly nothing to the gradient and only fills up an uneven share.
+        Where a group has the same rows, the sums are this process's share of them.
 
         Args:
-            segments: numbers of the tokens' documents, (B, T); None = every row is one.
-            counts: whether its tokens count in the experts' load. Not those of a micro-batch without targets, which
-                adds exactly nothing to the gradient and only fills up an uneven share.
+            terms: what the step's loss is divided by, over all its micro-batches.
         """
         if self._is_micro_batch_open:
             self._engine.step()
-        with contextlib.nullcontext() if counts else uncounted(self.decoder):
-            loss: Tensor = self._engine(tokens, targets, segments=segments)
-        self._engine.backward(loss * self._loss_factor, scale_wrt_gas=False)
+        with uncounted(self.decoder) if batch.index is None else contextlib.nullcontext():
+            sums: Tensor = self._engine(batch.tokens, batch.targets, batch.segments)
+        # DeepSpeed averages gradients over processes; with this factor the result is the gradient of the step's mean
+        # loss, whatever the number of processes and micro-batches.
+        self._engine.backward(sums[0] * (self.mesh.num_copies / terms), scale_wrt_gas=False)
         self._is_micro_batch_open = True
-        if self.mesh.axis == "tensor" and self.decoder.extra_losses is not None:
-            self.decoder.extra_losses /= self.mesh.size
-        return self._share(loss.detach())
+        return self._share(sums.detach())
 
     def step(self, lr_factor: float) -> StepResult:
         """Update the weights from the gradients of the step's micro-batches, at `lr_factor` times the peak rates."""
@@ -146,19 +140,19 @@ class Engine:
         return (norm.square() + of_cuts).sqrt()
 
     @torch.no_grad()
-    def loss(self, tokens: Tensor, targets: Tensor, *, segments: Tensor | None = None) -> Tensor:
-        """Return the summed loss in nats of rows that are not trained on; all processes call this together.
+    def loss(self, batch: MicroBatch) -> Tensor:
+        """Return the summed loss of rows that are not trained on, a scalar; all processes call this together.
 
         Where a group has the same rows, it is this process's share of it.
         """
         self._engine.eval()
-        loss: Tensor = self._engine(tokens, targets, segments=segments)
+        sums: Tensor = self._engine(batch.tokens, batch.targets, batch.segments)
         self._engine.train()
-        return self._share(loss)
+        return self._share(sums[0])
 
-    def _share(self, loss: Tensor) -> Tensor:
-        """Return this process's part of a loss that all of its group have computed, or its own."""
-        return loss / self.mesh.size if self.mesh.axis == "tensor" else loss
+    def _share(self, sums: Tensor) -> Tensor:
+        """Return this process's part of sums that its whole group has computed, or its own."""
+        return sums / self.mesh.size if self.mesh.axis == "tensor" else sums
 
     def state(self) -> EngineState:
         """Return views of what this process holds of the state between two steps."""

@@ -7,7 +7,7 @@ import torch
 from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
 from torch import nn
 
-from ray_ds.config.train import AdamW, Muon, Optimizer
+from ray_ds.config.optimizer import AdamW, Muon, Optimizer
 
 NOT_MUON = ("embed_tokens.weight", "lm_head.weight", "mlp.gate.weight")
 """Matrices whose rows stand for themselves (a token, an expert): AdamW trains these in every optimizer."""

@@ -1,5 +1,6 @@
 """A live server around the fake model: uvicorn on a free port, in a thread."""
 
+import contextlib
 import threading
 import time
 from collections.abc import Iterator
@@ -35,6 +36,13 @@ def service(engine: Engine, tokenizer, api_key: str) -> CompletionService:
 
 @pytest.fixture
 def url(service: CompletionService) -> Iterator[str]:
+    with serving(service) as url:
+        yield url
+
+
+@contextlib.contextmanager
+def serving(service: CompletionService) -> Iterator[str]:
+    """Give the address of a service while it is up."""
     server = uvicorn.Server(uvicorn.Config(build_app(service), port=0, log_level="error", lifespan="off"))
     thread = threading.Thread(target=server.run)
     thread.start()

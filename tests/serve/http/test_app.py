@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import time
 from collections.abc import Iterator
@@ -5,6 +6,11 @@ from collections.abc import Iterator
 import httpx
 import openai
 import pytest
+
+from ray_ds.errors import InputError
+from ray_ds.serve.client import ask
+from ray_ds.serve.http.service import CompletionService
+from tests.serve.http.conftest import serving
 
 HEADERS = {"Authorization": "Bearer sk-test-0123456789"}
 
@@ -261,3 +267,45 @@ def test_a_failure_in_a_stream_is_an_error_of_the_client(client, model) -> None:
     model.gate.set()
     with pytest.raises(openai.APIError, match="out of memory"):
         list(stream)
+
+
+class Lines:
+    """A chat template's stand-in: roles and texts by lines."""
+
+    def encode_prompt(self, messages) -> list[int]:
+        if messages[-1]["role"] != "user":
+            raise InputError("messages", "roles", "must end with the user's", "correct them")
+        return list("\n".join(f"{m['role']}: {m['content']}" for m in messages).encode())
+
+
+@pytest.fixture
+def chat_service(service: CompletionService) -> CompletionService:
+    return dataclasses.replace(service, chat=Lines())
+
+
+@pytest.fixture
+def chat_url(chat_service: CompletionService) -> Iterator[str]:
+    with serving(chat_service) as url:
+        yield url
+
+
+@pytest.mark.shows("A fine-tuned model answers /v1/chat/completions by its own template")
+def test_a_chat_is_the_completion_of_its_rendered_messages(chat_url, api_key) -> None:
+    messages = [{"role": "user", "content": "Go"}]
+    with openai.OpenAI(base_url=f"{chat_url}/v1", api_key=api_key, max_retries=0, timeout=20) as client:
+        common = {"model": "team/tiny", "max_tokens": 12, "temperature": 0.9, "seed": 3}
+        whole = client.chat.completions.create(messages=messages, **common)
+        plain = client.completions.create(prompt=Lines().encode_prompt(messages), **common)
+        assert whole.object == "chat.completion" and whole.choices[0].message.role == "assistant"
+        assert whole.choices[0].message.content == plain.choices[0].text and whole.usage == plain.usage
+        chunks = list(client.chat.completions.create(messages=messages, stream=True, **common))
+        assert "".join(chunk.choices[0].delta.content for chunk in chunks) == plain.choices[0].text
+        assert chunks[-1].choices[0].finish_reason == "length"
+        with pytest.raises(openai.BadRequestError, match="must end with the user's"):
+            client.chat.completions.create(messages=[{"role": "assistant", "content": "x"}], model="team/tiny")
+    assert ask(chat_url, "Go", max_tokens=12, temperature=0.9, seed=3, api_key=api_key) == plain.choices[0].text
+
+
+def test_a_model_without_a_template_says_so(client) -> None:
+    with pytest.raises(openai.BadRequestError, match="this model has no chat template"):
+        client.chat.completions.create(messages=[{"role": "user", "content": "x"}], model="team/tiny")

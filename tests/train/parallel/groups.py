@@ -12,6 +12,7 @@ from ray_ds.model.decoder import Decoder, LossWeights
 from ray_ds.model.documents import number_documents
 from ray_ds.model.initial import init_weights
 from ray_ds.model.router import Gate
+from ray_ds.train.objective import MicroBatch, NextTokenObjective
 from tests.train.runs import VOCAB_SIZE, make_settings
 from tests.train.zero.worlds import WholeState, gather, grid
 
@@ -45,7 +46,7 @@ class Outcome:
     """What an engine did."""
 
     curve: list[tuple[float, ...]]
-    """Loss, gradient norm and raw extra losses of each step."""
+    """What is minimised, the other figures and the gradient's norm, of each step."""
     first: WholeState
     """After the first step: `exp_avg` is a tenth of the clipped gradient."""
     last: WholeState
@@ -72,27 +73,29 @@ def new_engine(settings: TrainSettings, seed: int, world_size: int) -> Any:
     for module in decoder.modules():
         if isinstance(module, Gate) and module.e_score_correction_bias is not None:
             module.e_score_correction_bias.normal_(0, 0.01, generator=generator)
-    return Engine(decoder, settings, device=torch.device("cpu"), world_size=world_size)
+    return Engine(NextTokenObjective(decoder), settings, device=torch.device("cpu"), world_size=world_size)
+
+
+def micro_batch(rows: torch.Tensor) -> MicroBatch:
+    """Return rows of two documents each, (B, T + 1), as a micro-batch of a step."""
+    rows = rows.clone()
+    rows[:, 5] = BOS
+    return MicroBatch(rows[:, :-1], rows[:, 1:], number_documents(rows[:, :-1], BOS), rows[:, 1:].numel(), index=0)
 
 
 def run_step(engine: Any, step: int) -> tuple[float, ...]:
-    """Train on a step's 4 micro-batches; return loss, gradient norm and raw extra losses."""
+    """Train on a step's 4 micro-batches; return what is minimised, the other figures and the gradient's norm."""
     rows, mesh = grid(step), engine.mesh
-    rows[:, :, 5] = BOS
-    sums = torch.zeros(3)
-    for tokens in rows.tensor_split(mesh.num_readers)[mesh.reader]:
-        segments = number_documents(tokens[:, :-1], BOS)
-        sums[0] += engine.forward_backward(tokens[:, :-1], tokens[:, 1:], segments=segments)
-        if engine.decoder.extra_losses is not None:
-            sums[1:] += engine.decoder.extra_losses
+    terms = rows[..., 1:].numel()
+    mine = rows.tensor_split(mesh.num_readers)[mesh.reader]
+    sums = torch.stack([engine.forward_backward(micro_batch(part), terms=terms) for part in mine]).sum(dim=0)
     dist.all_reduce(sums)
-    return (*(sums / rows[..., 1:].numel()).tolist(), engine.step(1.0).grad_norm)
+    return (*(sums / terms).tolist(), engine.step(1.0).grad_norm)
 
 
 def validate(engine: Any) -> float:
     """Return the summed loss of one micro-batch that is not trained on."""
-    rows = grid(99)[0]
-    loss = engine.loss(rows[:, :-1], rows[:, 1:])  # by all processes, or this one's share of its group's
+    loss = engine.loss(micro_batch(grid(99)[0]))  # by all processes, or this one's share of its group's
     dist.all_reduce(loss)
     return float(loss) / engine.mesh.num_readers
 

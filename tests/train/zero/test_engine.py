@@ -18,6 +18,7 @@ from tests.train.zero.worlds import (
     forward_backward,
     gather,
     grid,
+    micro_batch,
     new_decoder,
     new_engine,
     run_step,
@@ -155,12 +156,10 @@ def run_case(case: Case, shared: WholeState, rank: int, world_size: int) -> Outc
 
 def skip_nans(engine: Any, rank: int, world_size: int) -> None:
     """Gather gradients that are all NaN, of one micro-batch and then of a whole step, and skip both."""
-    factor, engine._loss_factor = engine._loss_factor, float("nan")
-    engine.forward_backward(grid(8)[0, :, :-1], grid(8)[0, :, 1:])
+    engine.forward_backward(micro_batch(grid(8)[0]), terms=float("nan"))
     engine.skip_step()
-    forward_backward(engine, grid(9), rank, world_size)
+    forward_backward(engine, grid(9), rank, world_size, factor=float("nan"))
     engine.skip_step()
-    engine._loss_factor = factor
 
 
 @functools.cache

@@ -13,7 +13,7 @@ from ray_ds.config.train import TrainSettings
 from ray_ds.model.decoder import Decoder
 from ray_ds.model.initial import init_weights
 from tests.train.runs import VOCAB_SIZE, make_settings
-from tests.train.zero.worlds import WholeState, counting_grid, gather
+from tests.train.zero.worlds import WholeState, counting_grid, gather, micro_batch
 
 pytestmark = pytest.mark.gpu
 
@@ -48,11 +48,12 @@ def run_cases(rank: int, folder: Path) -> None:
 
 
 def new_engine(settings: TrainSettings, seed: int) -> Any:
+    from ray_ds.train.objective import NextTokenObjective
     from ray_ds.train.zero.engine import Engine
 
     decoder = Decoder(settings.model.resolve(VOCAB_SIZE, settings.seq_len))
     init_weights(decoder, seed)
-    return Engine(decoder, settings, device=torch.device("cuda:0"), world_size=1)
+    return Engine(NextTokenObjective(decoder), settings, device=torch.device("cuda:0"), world_size=1)
 
 
 def run_steps(engine: Any, steps: range) -> list[tuple[float, float, bool, float]]:
@@ -61,7 +62,7 @@ def run_steps(engine: Any, steps: range) -> list[tuple[float, float, bool, float
     for step in steps:
         total = torch.zeros((), device="cuda")
         for rows in counting_grid(step).cuda():
-            total += engine.forward_backward(rows[:, :-1], rows[:, 1:])
+            total += engine.forward_backward(micro_batch(rows), terms=256)[0]
         result = engine.step(1.0)
         out.append((float(total) / 256, result.grad_norm, result.is_skipped, result.loss_scale))
     return out

@@ -1,6 +1,6 @@
 import torch
 
-from ray_ds.config.train import AdamW, Muon
+from ray_ds.config.optimizer import AdamW, Muon
 from ray_ds.model.decoder import Decoder
 from ray_ds.train.zero.optimizer import make_optimizer
 from tests.train.runs import VOCAB_SIZE, make_settings

@@ -41,18 +41,20 @@ def compare(rank: int, store: str, stage: int, precision: str) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     from ray_ds.model.decoder import Decoder
     from ray_ds.model.initial import init_weights
+    from ray_ds.train.objective import NextTokenObjective
     from ray_ds.train.zero.engine import Engine
+    from tests.train.zero.worlds import micro_batch
 
     settings = make_settings(zero_stage=stage, precision=precision)
     decoder = Decoder(settings.model.resolve(VOCAB_SIZE, settings.seq_len))
     init_weights(decoder, 0)
-    engine = Engine(decoder, settings, device=torch.device("cpu"), world_size=2)
+    engine = Engine(NextTokenObjective(decoder), settings, device=torch.device("cpu"), world_size=2)
     optimizer: Any = engine._engine.optimizer
     rows = torch.randint(VOCAB_SIZE, (4, 17), generator=torch.Generator().manual_seed(rank))
 
     def run(factor: float) -> Any:
         for _ in range(2):
-            engine.forward_backward(rows[:, :-1], rows[:, 1:])
+            engine.forward_backward(micro_batch(rows), terms=256)
         if factor != 1.0:
             for gradients in optimizer.averaged_gradients.values():
                 if gradients and rank == 1:  # one process's gradient is enough

@@ -17,6 +17,7 @@ from ray_ds.model.decoder import Decoder
 from ray_ds.model.experts import Gate
 from ray_ds.model.initial import init_weights
 from ray_ds.model.loss import IGNORED_TARGET
+from ray_ds.train.objective import MicroBatch, NextTokenObjective
 from ray_ds.train.state import EngineState, Kind
 from tests.train.runs import VOCAB_SIZE
 
@@ -87,7 +88,13 @@ def new_engine(settings: TrainSettings, seed: int, world_size: int) -> Any:
     """Return an engine on the CPU."""
     from ray_ds.train.zero.engine import Engine
 
-    return Engine(new_decoder(settings, seed), settings, device=torch.device("cpu"), world_size=world_size)
+    objective = NextTokenObjective(new_decoder(settings, seed))
+    return Engine(objective, settings, device=torch.device("cpu"), world_size=world_size)
+
+
+def micro_batch(rows: Tensor) -> MicroBatch:
+    """Return rows of tokens, (B, T + 1), as a micro-batch of a step."""
+    return MicroBatch(rows[:, :-1], rows[:, 1:], terms=rows[:, 1:].numel(), index=0)
 
 
 def grid(step: int) -> Tensor:
@@ -108,15 +115,21 @@ def run_step(engine: Any, rows: Tensor, rank: int, world_size: int) -> tuple[flo
     return float(total) / rows[..., 1:].numel(), engine.step(1.0).grad_norm
 
 
-def forward_backward(engine: Any, rows: Tensor, rank: int, world_size: int) -> Tensor:
-    """Add the gradients of this process's micro-batches, filled up with some without targets; return their loss."""
+def forward_backward(engine: Any, rows: Tensor, rank: int, world_size: int, factor: float = 1.0) -> Tensor:
+    """Add the gradients of this process's micro-batches, filled up with some without targets; return their loss.
+
+    Args:
+        factor: what the gradients are multiplied by.
+    """
     mine = rows.tensor_split(world_size)[rank]
+    terms = rows[..., 1:].numel() / factor
     total = torch.zeros(())
-    for micro_batch in mine:
-        total += engine.forward_backward(micro_batch[:, :-1], micro_batch[:, 1:])
+    for part in mine:
+        total += engine.forward_backward(micro_batch(part), terms=terms)[0]
     for _ in range(-(-len(rows) // world_size) - len(mine)):
         tokens = torch.zeros_like(rows[0, :, 1:])
-        total += engine.forward_backward(tokens, torch.full_like(tokens, IGNORED_TARGET), counts=False)
+        padding = MicroBatch(tokens, torch.full_like(tokens, IGNORED_TARGET))
+        total += engine.forward_backward(padding, terms=terms)[0]
     return total
 
 

@@ -1,0 +1,1 @@
+"""Conversations as tokens: a template says how, in jinja with Hugging Face's words."""

@@ -1,0 +1,69 @@
+"""Settings of what training minimises, and of which weights it may move."""
+
+from typing import Annotated, Literal
+
+import pydantic
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
+
+from ray_ds.config.settings import settings
+from ray_ds.errors import ConfigError
+
+
+@settings
+class NextToken:
+    """Cross-entropy of each next token; on chat shards of the answers alone, which is supervised fine-tuning."""
+
+    kind: Literal["next_token"]
+    """Selects this objective."""
+
+
+@settings
+class Dpo:
+    """Direct preference optimisation (arXiv 2305.18290) on pairs of answers; its reference is the first model."""
+
+    kind: Literal["dpo"]
+    """Selects this objective."""
+    beta: PositiveFloat = 0.1
+    """How strongly the model is held to the reference: a reward is beta times the gain in log-probability over it."""
+    label_smoothing: Annotated[float, pydantic.Field(ge=0, lt=0.5)] = 0.0
+    """Share of the pairs that are taken to be labelled the wrong way round."""
+
+
+@settings
+class Distill:
+    """Distillation (arXiv 1503.02531) from the checkpoint that the step names as its `teacher`.
+
+    The loss of a token is temperature^2 * KL(teacher || student), both softened by the temperature, plus
+    cross_entropy_weight * cross-entropy.
+    """
+
+    kind: Literal["distill"]
+    """Selects this objective."""
+    temperature: PositiveFloat = 1.0
+    """What both models' logits are divided by before they are compared."""
+    cross_entropy_weight: NonNegativeFloat = 0.5
+    """Weight of the cross-entropy of the next token beside the teacher's word."""
+
+
+Objective = Annotated[NextToken | Dpo | Distill, pydantic.Field(discriminator="kind")]
+
+
+@settings
+class Lora:
+    """Low-rank adapters (arXiv 2106.09685): the weights stay as they were, and W + alpha / rank * B A is what acts.
+
+    At the end the product is added to the weights, so that the model is a plain one; `adapter/` holds A and B alone.
+    """
+
+    rank: PositiveInt = 16
+    """Rows of A and columns of B."""
+    alpha: PositiveFloat = 32.0
+    """The product of B and A is multiplied by alpha / rank."""
+    modules: tuple[str, ...] = ("*.self_attn.*_proj*", "*.mlp.*_proj")
+    """Linear layers that get an adapter, by patterns of their names in the model, such as `*.q_proj`; routed experts
+    and routers are none."""
+
+    def __post_init__(self) -> None:
+        """Want a pattern."""
+        if not self.modules:
+            raise ConfigError("modules", "empty", "must hold a pattern of names or more", "try *.self_attn.*_proj")

@@ -1,0 +1,62 @@
+"""What training starts from: a decoder with its first weights, inside the objective."""
+
+import tempfile
+from pathlib import Path
+
+import torch
+
+from ray_ds.config.objective import Distill, Dpo
+from ray_ds.model.checkpoint_folder import load_checkpoint_folder
+from ray_ds.model.decoder import Decoder, LossWeights
+from ray_ds.model.initial import init_weights
+from ray_ds.model.local_folder import local_model_folder
+from ray_ds.train.distillation import DistillObjective
+from ray_ds.train.lora import add_adapters
+from ray_ds.train.objective import NextTokenObjective, Objective
+from ray_ds.train.preference import DpoObjective
+from ray_ds.train.task import TrainTask
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def make_objective(task: TrainTask, device: torch.device) -> Objective:
+    """Return what the task minimises, the same on every process, its decoder in fp32 on the CPU.
+
+    Raises:
+        ArtifactError: a checkpoint that is started from, or asked, is damaged.
+        ConfigError: an adapter's pattern names no layer.
+    """
+    settings = task.settings
+    decoder = Decoder(
+        task.config,
+        recompute_activations=settings.recompute_activations,
+        kernels=settings.kernels,
+        weights=LossWeights(prediction=settings.prediction_weight or 0.0, balance=settings.balance_weight or 0.0),
+    )
+    if task.init_from is None:
+        init_weights(decoder, settings.seed)
+    else:
+        decoder.load_state_dict(_load(task.init_from, torch.float32, torch.device("cpu")).state_dict())
+    if settings.lora is not None:
+        add_adapters(decoder, settings.lora, settings.seed)
+    match settings.objective:
+        case Dpo() as dpo:
+            assert task.init_from is not None, "the recipe was checked"
+            return DpoObjective(decoder, dpo, _load_frozen(task.init_from, task, device))
+        case Distill() as distill:
+            assert task.teacher is not None, "the recipe was checked"
+            return DistillObjective(decoder, distill, _load_frozen(task.teacher, task, device))
+        case _:
+            return NextTokenObjective(decoder)
+
+
+def _load_frozen(checkpoint: str, task: TrainTask, device: torch.device) -> Decoder:
+    """Return a model that is only asked, in the type that training computes in."""
+    decoder = _load(checkpoint, DTYPES[task.settings.precision], device)
+    return decoder.requires_grad_(False)
+
+
+def _load(checkpoint: str, dtype: torch.dtype, device: torch.device) -> Decoder:
+    """Return the model of a Checkpoint in evaluation mode."""
+    with tempfile.TemporaryDirectory(prefix="ray_ds-start-") as cache:
+        return load_checkpoint_folder(local_model_folder(checkpoint, Path(cache)), dtype=dtype, device=device)
