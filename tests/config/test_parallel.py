@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 
+from ray_ds.config.model_settings import ModelSettings
+from ray_ds.config.objective import Dpo, Lora
+from ray_ds.config.optimizer import AdamW, Muon
 from ray_ds.config.parallel import AXES, Choice, Parallel, all_choices, refusal, support_table
-from ray_ds.config.settings import decode_settings
 from ray_ds.config.train import TrainSettings
 from ray_ds.errors import ConfigError
 
@@ -19,8 +21,9 @@ def settings_of(choice: Choice, **changes: Any) -> TrainSettings:
     model: dict[str, Any] = {"preset": "tiny", "num_attention_heads": 4} | (GQA if choice.attention == "gqa" else {})
     if not choice.has_experts:
         model["n_routed_experts"] = 0
-    raw = {
-        "model": model,
+    kinds = {"adamw": AdamW, "muon": Muon}
+    fields: dict[str, Any] = {
+        "model": ModelSettings(**model),
         "seq_len": 16,
         "batch_tokens": 256,
         "micro_batch": 2,
@@ -29,12 +32,12 @@ def settings_of(choice: Choice, **changes: Any) -> TrainSettings:
         "zero_stage": choice.zero_stage,
         "offload": choice.offload,
         "precision": choice.precision,
-        "optimizer": {"kind": choice.optimizer},
+        "optimizer": kinds[choice.optimizer](kind=choice.optimizer),  # type: ignore[arg-type]
         "gradient_clipping": 0.0,
         "compile": choice.is_compiled,
-        "parallel": dict.fromkeys(choice.axes, 2),
+        "parallel": Parallel(**dict.fromkeys(choice.axes, 2)),
     }
-    return decode_settings(TrainSettings, {**raw, **changes}, where="train")
+    return TrainSettings(**{**fields, **changes})
 
 
 def cell(**changes: Any) -> Choice:
@@ -54,7 +57,7 @@ def test_settings_take_and_refuse_what_the_table_does() -> None:
         refused += 1
         with pytest.raises(ConfigError) as caught:
             settings_of(choice)
-        assert caught.value.field == f"train.{rule.field}", choice
+        assert caught.value.field == rule.field, choice
         assert (caught.value.allowed, caught.value.action) == (rule.allowed, rule.action)
     assert 0 < refused < len(list(all_choices())) == 2016
 
@@ -64,7 +67,7 @@ def test_every_rule_is_the_first_to_refuse_something_and_names_a_setting() -> No
 
     more: list[dict[str, Any]] = [{"is_compiled": True}, {"objective": "dpo"}, {"has_adapters": True}]
     found = {id(refusal(choice)) for choice in (*all_choices(), *(cell(axes=("sequence",), **one) for one in more))}
-    settings = settings_of(cell(), lora={"rank": 2})
+    settings = settings_of(cell(), lora=Lora(rank=2))
     for rule in RULES:
         assert id(rule) in found, rule.allowed
         attrgetter(rule.field)(settings)
@@ -75,35 +78,35 @@ def test_every_rule_is_the_first_to_refuse_something_and_names_a_setting() -> No
     [
         (
             cell(axes=("tensor",), zero_stage=3),
-            "train.zero_stage (3) must be 0, 1 or 2 with parallel.tensor and parallel.expert: ZeRO 3 would gather "
+            "zero_stage (3) must be 0, 1 or 2 with parallel.tensor and parallel.expert: ZeRO 3 would gather "
             "weights that differ within a group as if they were one; use 2, or parallel.sequence.",
         ),
         (
             cell(axes=("tensor", "sequence")),
-            "train.parallel (['tensor', 'sequence']) must have one field above 1 at most: a process is in one group; "
+            "parallel (['tensor', 'sequence']) must have one field above 1 at most: a process is in one group; "
             "keep the one that saves the most memory.",
         ),
         (
             cell(axes=("tensor",), has_experts=True),
-            "train.parallel.tensor (2) must be 1 in a model with experts, most of whose weights it would leave whole; "
+            "parallel.tensor (2) must be 1 in a model with experts, most of whose weights it would leave whole; "
             "use parallel.expert.",
         ),
         (
             cell(axes=("expert",)),
-            "train.parallel.expert (2) has no effect in a dense model; remove it, or use parallel.tensor.",
+            "parallel.expert (2) has no effect in a dense model; remove it, or use parallel.tensor.",
         ),
         (
             cell(offload="all", zero_stage=2),
-            "train.offload (all) must be none or optimizer below ZeRO 3, where every process computes with all of its "
+            "offload (all) must be none or optimizer below ZeRO 3, where every process computes with all of its "
             "weights; use optimizer, or zero_stage 3.",
         ),
         (
             cell(offload="optimizer", zero_stage=0),
-            "train.offload (optimizer) has no effect in ZeRO 0; remove it, or use zero_stage 1, 2 or 3.",
+            "offload (optimizer) has no effect in ZeRO 0; remove it, or use zero_stage 1, 2 or 3.",
         ),
         (
             cell(axes=("sequence",), is_compiled=True),
-            "train.compile (True) must be off in groups: the exchanges between processes break the graph in every "
+            "compile (True) must be off in groups: the exchanges between processes break the graph in every "
             "layer; remove it.",
         ),
     ],
@@ -117,46 +120,45 @@ def test_refusals_say_what_to_do(choice: Choice, message: str) -> None:
     ("changes", "message"),
     [
         (
-            {"parallel": {"tensor": 3}, "num_workers": 3},
-            "train.parallel.tensor (3) must divide num_attention_heads (4); correct one of them.",
+            {"parallel": Parallel(tensor=3), "num_workers": 3},
+            "parallel.tensor (3) must divide num_attention_heads (4); correct one of them.",
         ),
         (
             {
-                "parallel": {"tensor": 4},
-                "model": {"preset": "tiny", "n_routed_experts": 0, **GQA, "num_attention_heads": 4},
+                "parallel": Parallel(tensor=4),
+                "model": ModelSettings(preset="tiny", n_routed_experts=0, num_attention_heads=4, **GQA),
             },
-            "train.parallel.tensor (4) must divide num_key_value_heads (2); correct one of them.",
+            "parallel.tensor (4) must divide num_key_value_heads (2); correct one of them.",
         ),
         (
-            {"parallel": {"sequence": 4}, "seq_len": 18, "batch_tokens": 288},
-            "train.parallel.sequence (4) must divide seq_len (18); correct one of them.",
+            {"parallel": Parallel(sequence=4), "seq_len": 18, "batch_tokens": 288},
+            "parallel.sequence (4) must divide seq_len (18); correct one of them.",
         ),
         (
-            {"parallel": {"sequence": 2}, "num_workers": 3},
-            "train.num_workers (3) must be whole groups of 2, the product of parallel; correct it.",
+            {"parallel": Parallel(sequence=2), "num_workers": 3},
+            "num_workers (3) must be whole groups of 2, the product of parallel; correct it.",
         ),
         (
-            {"parallel": {"sequence": 2}, "num_workers": [2, 8], "allowed_workers": [2, 5]},
-            "train.allowed_workers ([2, 5]) must be whole groups of 2, the product of parallel; correct it.",
+            {"parallel": Parallel(sequence=2), "num_workers": (2, 8), "allowed_workers": (2, 5)},
+            "allowed_workers ([2, 5]) must be whole groups of 2, the product of parallel; correct it.",
         ),
         (
-            {"parallel": {"sequence": 2}, "num_workers": [2, 8], "scaling": "stock"},
-            "train.scaling (stock) must be graceful in groups: Ray Train's own policy knows no whole groups; remove "
-            "it.",
+            {"parallel": Parallel(sequence=2), "num_workers": (2, 8), "scaling": "stock"},
+            "scaling (stock) must be graceful in groups: Ray Train's own policy knows no whole groups; remove it.",
         ),
         (
-            {"parallel": {"sequence": 2}, "objective": {"kind": "dpo"}},
-            "train.objective.kind (dpo) must be next_token in groups: a second model or whole rows' logits would have "
+            {"parallel": Parallel(sequence=2), "objective": Dpo(kind="dpo")},
+            "objective.kind (dpo) must be next_token in groups: a second model or whole rows' logits would have "
             "to be divided too; remove parallel.",
         ),
         (
-            {"parallel": {"tensor": 2}, "lora": {"rank": 2}},
-            "train.lora.rank (2) must be absent in groups: adapters beside divided weights would have to be divided "
+            {"parallel": Parallel(tensor=2), "lora": Lora(rank=2)},
+            "lora.rank (2) must be absent in groups: adapters beside divided weights would have to be divided "
             "too; remove parallel, or lora.",
         ),
         (
-            {"parallel": {"tensor": 2}, "num_workers": 18},
-            "train.num_workers (18) must be at most 16, the micro-batches of a step (batch_tokens / 32) times 2; ask "
+            {"parallel": Parallel(tensor=2), "num_workers": 18},
+            "num_workers (18) must be at most 16, the micro-batches of a step (batch_tokens / 32) times 2; ask "
             "for fewer workers or larger batches.",
         ),
     ],
@@ -167,9 +169,9 @@ def test_sizes_that_leave_a_remainder_are_refused(changes: dict[str, Any], messa
 
 
 def test_only_whole_groups_may_join() -> None:
-    assert settings_of(cell(), num_workers=[2, 8]).worker_sizes is None
-    assert settings_of(cell(), parallel={"tensor": 2}, num_workers=[2, 8]).worker_sizes == (2, 4, 6, 8)
-    chosen = settings_of(cell(), parallel={"tensor": 2}, num_workers=[2, 8], allowed_workers=[4, 8])
+    assert settings_of(cell(), num_workers=(2, 8)).worker_sizes is None
+    assert settings_of(cell(), parallel=Parallel(tensor=2), num_workers=(2, 8)).worker_sizes == (2, 4, 6, 8)
+    chosen = settings_of(cell(), parallel=Parallel(tensor=2), num_workers=(2, 8), allowed_workers=(4, 8))
     assert chosen.worker_sizes == (4, 8)
 
 
