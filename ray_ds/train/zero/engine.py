@@ -184,6 +184,7 @@ class Engine:
 
         All processes call this together: ZeRO-3 gathers one parameter after the other.
         """
+        self._state.settle()
         is_first = torch.distributed.get_rank() == 0
         state: dict[str, Tensor] = {}
         for name, parameter in self.decoder.named_parameters(remove_duplicate=False):

@@ -112,6 +112,10 @@ class LogicalState:
             state[MOMENTUM_KEY] = made
         _fill("momentum", layout.held, state[MOMENTUM_KEY], reader)
 
+    def settle(self) -> None:
+        """Make it possible to look at any weight; all processes call this together."""
+        self._stage.settle()
+
     def drop_gradients(self) -> None:
         """Forget the gradients gathered since the last step; all processes call this together."""
         self._stage.drop_gradients()

@@ -75,6 +75,9 @@ class _Replicated:
             for master, weight in zip(masters, weights, strict=True):
                 weight.data.copy_(master.data)
 
+    def settle(self) -> None:
+        pass
+
     def drop_gradients(self) -> None:
         for weights in self._weights:
             for weight in weights:
@@ -134,6 +137,9 @@ class _Zero12:
     def refresh(self) -> None:
         self._optimizer.update_lp_params()
 
+    def settle(self) -> None:
+        pass
+
     def drop_gradients(self) -> None:
         optimizer = self._optimizer
         optimizer.zero_grad(set_to_none=True)
@@ -191,6 +197,14 @@ class _Zero3:
         small = self._optimizer.persistent_parameters
         if small:
             small[0].all_gather(small)
+
+    def settle(self) -> None:
+        """Release everything but the small parameters.
+
+        A pass that leaves out layers (a look at the loss runs no multi-token prediction) leaves them in flight.
+        """
+        self._optimizer._partition_all_parameters()
+        self._gather_small_parameters()
 
     def drop_gradients(self) -> None:
         optimizer = self._optimizer
