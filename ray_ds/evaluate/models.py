@@ -5,12 +5,11 @@ from pathlib import Path
 import torch
 
 from ray_ds.artifacts import Artifact, QuantizedModel
-from ray_ds.model import local_folder
 from ray_ds.model.checkpoint_folder import load_checkpoint_folder
 from ray_ds.model.decoder import Decoder
+from ray_ds.model.local_folder import local_model_folder
 from ray_ds.quantize import load_quantized
 
-MODEL_FOLDER = local_folder.MODEL_FOLDER
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -25,8 +24,3 @@ def load_model(artifact: Artifact, precision: str, device: str, cache: Path) -> 
     if isinstance(artifact, QuantizedModel):
         return load_quantized(folder, device=device, dtype=dtype)
     return load_checkpoint_folder(folder, dtype=dtype, device=device)
-
-
-def local_model_folder(artifact: Artifact, cache: Path) -> Path:
-    """Return the artefact's `model/` on this node, copied into `cache` when the artefact is on an object store."""
-    return local_folder.local_model_folder(artifact.uri, cache)

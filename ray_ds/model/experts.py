@@ -117,7 +117,8 @@ class MoE(nn.Module):
         out = self.experts(tokens, weights, chosen).view_as(x)  # (B, T, D)
         if self.shared_experts is not None:
             out = out + self.shared_experts(x)
-        load = torch.zeros_like(self.gate.expert_load)
+        # Made anew and not from the gate's counter, which changes before a compiled layer may be run again.
+        load = chosen.new_zeros(len(self.gate.weight))
         load.scatter_add_(0, chosen.flatten(), torch.ones_like(chosen).flatten())
         return out, load, self._balance(scores, chosen, len(x)) if self.measures_balance and self.training else None
 

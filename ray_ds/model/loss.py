@@ -15,8 +15,10 @@ CPU_CHUNK = 1 << 20
 """Logits worked on at once: 4 MB in fp32, about what stays in a core's cache."""
 GPU_CHUNK = 1 << 28
 """The same on a GPU, where a chunk need only be small beside the memory: 1 GiB in fp32."""
+LINEAR_CPU_ROWS = 256
+"""Rows whose logits are made at once where they are not kept: fewer would add up the weight's gradient too often."""
 LINEAR_GPU_CHUNK = 1 << 27
-"""The same where logits are not kept: 512 MB in fp32, 4,096 rows of a vocabulary of 32,768, which fill a GPU."""
+"""Logits made at once on a GPU: 512 MB in fp32, 4,096 rows of a vocabulary of 32,768, which fill it."""
 
 
 def summed_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
@@ -113,7 +115,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         hidden_grad = torch.empty_like(hidden) if wants_gradient else None  # (N, D)
         weight_grad = torch.zeros_like(weight, dtype=torch.float32) if wants_gradient else None  # (V, D)
-        rows = max(1, (LINEAR_GPU_CHUNK if hidden.is_cuda else CPU_CHUNK) // len(weight))
+        rows = max(1, LINEAR_GPU_CHUNK // len(weight)) if hidden.is_cuda else LINEAR_CPU_ROWS
         for start in range(0, len(hidden), rows):
             chunk, target = hidden[start : start + rows], targets[start : start + rows, None]
             wide = (chunk @ weight.T).float()  # (rows, V)
@@ -126,7 +128,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 wide = wide.sub_(log_sum).exp_().mul_(counted).scatter_add_(1, place, -counted)  # softmax - one_hot
                 logits_grad = wide.to(hidden.dtype)
                 hidden_grad[start : start + rows] = logits_grad @ weight
-                weight_grad += logits_grad.T @ chunk
+                if hidden.dtype == torch.float32:
+                    weight_grad.addmm_(logits_grad.T, chunk)
+                else:
+                    weight_grad += logits_grad.T @ chunk
         if hidden_grad is not None and weight_grad is not None:
             ctx.save_for_backward(hidden_grad, weight_grad.to(weight.dtype))
         return loss

@@ -21,8 +21,8 @@ from ray_ds.chat.encoding import ChatEncoder
 from ray_ds.chat.template import TEMPLATE_FILE, ChatTemplate
 from ray_ds.config.serve import AutoscalingSettings, ServeSettings
 from ray_ds.errors import ArtifactError
-from ray_ds.evaluate.models import local_model_folder
 from ray_ds.logs import log_event, setup_logging
+from ray_ds.model.local_folder import local_model_folder
 from ray_ds.serve.engine import Engine
 from ray_ds.serve.http.app import build_app
 from ray_ds.serve.http.service import CompletionService, ModelCard

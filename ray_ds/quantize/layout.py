@@ -15,7 +15,7 @@ SCALE_SUFFIX = "_scale"
 """`X.weight` is int8 (N, K), `X.weight_scale` fp32 (N, 1)."""
 
 _QUANTIZED = re.compile(
-    r"\.(self_attn\.(q_proj|q_a_proj|q_b_proj|kv_a_proj_with_mqa|o_proj)|mlp\.(.*\.)?(gate|up|down)_proj)\.weight"
+    r"\.(self_attn\.(q_proj|k_proj|v_proj|q_a_proj|q_b_proj|kv_a_proj_with_mqa|o_proj)|mlp\.(.*\.)?(gate|up|down)_proj)\.weight"
 )
 
 

@@ -21,11 +21,12 @@ from ray_ds.config.evaluate import EvaluateSettings
 from ray_ds.data.shards import TokenSplit
 from ray_ds.errors import ArtifactError, ConfigError, InputError
 from ray_ds.evaluate.compression import conditional_bits_per_byte, xz_bytes
-from ray_ds.evaluate.models import MODEL_FOLDER, load_model
+from ray_ds.evaluate.models import load_model
 from ray_ds.evaluate.ngrams import BLOCK_TOKENS, bigram_nats, fit_bigram
 from ray_ds.evaluate.perplexity import Score, bits_per_byte, micro_batches, sum_loss
 from ray_ds.evaluate.spans import Span, count_bytes, plan_spans, text_of
 from ray_ds.logs import Progress
+from ray_ds.model.local_folder import MODEL_FOLDER
 from ray_ds.on_ray.preflight import check_cluster
 from ray_ds.on_ray.user_errors import user_errors
 from ray_ds.tokenizer import load_tokenizer

@@ -16,11 +16,11 @@ from ray_ds.artifacts import Artifact, Checkpoint, StageRun, TokenShards
 from ray_ds.config.quantize import QuantizeSettings
 from ray_ds.data.shards import TokenSplit
 from ray_ds.errors import ArtifactError, InputError
-from ray_ds.evaluate.models import MODEL_FOLDER, local_model_folder
 from ray_ds.evaluate.perplexity import micro_batches, sum_loss
 from ray_ds.evaluate.spans import plan_spans
 from ray_ds.logs import Progress
 from ray_ds.model.checkpoint_folder import load_checkpoint_folder, read_config
+from ray_ds.model.local_folder import MODEL_FOLDER, local_model_folder
 from ray_ds.on_ray.preflight import check_cluster
 from ray_ds.on_ray.user_errors import user_errors
 from ray_ds.quantize import load_quantized, quantize_folder

@@ -5,11 +5,13 @@ from pathlib import Path
 
 import torch
 
+from ray_ds import storage
+from ray_ds.artifacts import Checkpoint, open_artifact
 from ray_ds.config.objective import Distill, Dpo
 from ray_ds.model.checkpoint_folder import load_checkpoint_folder
 from ray_ds.model.decoder import Decoder, LossWeights
 from ray_ds.model.initial import init_weights
-from ray_ds.model.local_folder import local_model_folder
+from ray_ds.model.local_folder import MODEL_FOLDER, local_model_folder
 from ray_ds.train.distillation import DistillObjective
 from ray_ds.train.lora import add_adapters
 from ray_ds.train.objective import NextTokenObjective, Objective
@@ -58,5 +60,9 @@ def _load_frozen(checkpoint: str, task: TrainTask, device: torch.device) -> Deco
 
 def _load(checkpoint: str, dtype: torch.dtype, device: torch.device) -> Decoder:
     """Return the model of a Checkpoint in evaluation mode."""
+    if not storage.is_remote(checkpoint):
+        folder = storage.local_path(storage.join(checkpoint, MODEL_FOLDER))
+        return load_checkpoint_folder(folder, dtype=dtype, device=device)
     with tempfile.TemporaryDirectory(prefix="ray_ds-start-") as cache:
-        return load_checkpoint_folder(local_model_folder(checkpoint, Path(cache)), dtype=dtype, device=device)
+        folder = local_model_folder(open_artifact(checkpoint, [Checkpoint]), Path(cache))
+        return load_checkpoint_folder(folder, dtype=dtype, device=device)

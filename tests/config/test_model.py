@@ -5,7 +5,8 @@ import pytest
 from ray_ds.config.model import ModelConfig
 from ray_ds.config.model_settings import ModelSettings
 from ray_ds.config.presets import PRESETS
-from ray_ds.config.settings import field_docs
+from ray_ds.config.rope import Llama3Rope, Yarn
+from ray_ds.config.settings import as_json, decode_settings, field_docs
 from ray_ds.errors import ConfigError
 
 
@@ -86,12 +87,66 @@ def test_every_override_is_a_field_of_the_model_and_documented():
             {"preset": "tiny", "n_group": 2, "num_experts_per_tok": 3},
             r"num_experts_per_tok \(3\) must be at most the 2",
         ),
+        ({"preset": "tiny", "head_dim": 8}, r"head_dim \(8\) has no effect where attention is mla; remove it"),
+        ({"preset": "llama_1b", "kv_lora_rank": 8}, r"kv_lora_rank \(8\) has no effect where attention is gqa"),
+        (
+            {"preset": "llama_1b", "num_key_value_heads": 3},
+            r"num_key_value_heads \(3\) must divide num_attention",
+        ),
+        ({"preset": "llama_1b", "head_dim": 7}, r"head_dim \(7\) must be even; add 1"),
+        ({"preset": "tiny", "attention": "gqa"}, r"num_key_value_heads \(0\) must be positive; raise it"),
+        ({"preset": "tiny", "num_nextn_predict_layers": -1}, r"num_nextn_predict_layers \(-1\) must be 0 or more"),
+        (
+            {"preset": "tiny", "topk_method": "greedy", "n_group": 2},
+            r"n_group \(2\) has no effect where topk_method is greedy; use 1",
+        ),
+        ({"preset": "demo_dense", "scoring_func": "softmax"}, r"scoring_func \(softmax\) has no effect in a dense"),
         ({"preset": "demo_dense", "n_routed_experts": 4}, r"num_experts_per_tok \(0\) must be 1 or more"),
     ],
 )
 def test_settings_that_make_no_model_or_have_no_effect_are_refused(settings, message):
     with pytest.raises(ConfigError, match=message):
         ModelSettings(**settings)
+
+
+def test_a_preset_loses_the_sizes_of_the_attention_it_is_rid_of():
+    grouped = resolve(preset="tiny", attention="gqa", num_key_value_heads=1, head_dim=32)
+    assert (grouped.kv_lora_rank, grouped.v_head_dim, grouped.qk_head_dim) == (0, 0, 32)
+    sizes = {"kv_lora_rank": 64, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 32}
+    latent = resolve(preset="llama_369m", attention="mla", **sizes)
+    assert (latent.head_dim, latent.num_key_value_heads, latent.qk_head_dim) == (0, 0, 48)
+
+
+def test_positions_are_stretched_by_a_table_of_the_recipe():
+    scaling = {"kind": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    decoded = decode_settings(ModelSettings, {"preset": "tiny", "rope_scaling": scaling}, where="model")
+    config = decoded.resolve(vocab_size=9, max_position_embeddings=256)
+    assert config.rope_scaling == Yarn(kind="yarn", factor=4.0, original_max_position_embeddings=64)
+    assert decode_settings(ModelConfig, as_json(config), where="config") == config
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"factor": 0.5}, r"rope_scaling.factor \(0.5\) must be 1 or more; leave rope_scaling out"),
+        ({"original_max_position_embeddings": 0}, r"original_max_position_embeddings \(0\) must be positive; give"),
+        ({"beta_slow": 40.0}, r"beta_slow \(40.0\) must be positive and below beta_fast \(32.0\)"),
+    ],
+)
+def test_a_stretch_that_is_none_is_refused(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        Yarn(**{"kind": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, **changes})
+
+
+def test_llama3_wavelengths_are_in_order():
+    with pytest.raises(ConfigError, match=r"low_freq_factor \(4.0\) must be positive and below high_freq_factor"):
+        Llama3Rope(
+            kind="llama3",
+            factor=8.0,
+            low_freq_factor=4.0,
+            high_freq_factor=1.0,
+            original_max_position_embeddings=64,
+        )
 
 
 def test_a_dense_config_has_no_sparse_layers():

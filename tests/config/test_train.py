@@ -202,3 +202,30 @@ def test_only_what_changes_the_model_is_in_the_digest() -> None:
         ("loss_spike", 3.0),
     ]:
         assert digest_settings(decode(**{name: value})) != plain, name
+
+
+def test_extra_losses_have_the_weights_that_deepseek_gives_them() -> None:
+    v3, dense = decode(model={"preset": "tiny", "num_nextn_predict_layers": 1}), decode(model={"preset": "demo_dense"})
+    assert (v3.balance_weight, v3.prediction_weight, v3.router_bias_speed) == (1e-4, 0.3, 1e-3)
+    assert (dense.balance_weight, dense.prediction_weight, dense.router_bias_speed) == (None, None, None)
+    v2 = decode(model={"preset": "tiny", "topk_method": "greedy", "scoring_func": "softmax"})
+    assert (v2.balance_weight, v2.router_bias_speed) == (1e-3, None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"model": {"preset": "demo_dense"}, "balance_weight": 0.1},
+            r"balance_weight \(0.1\) has no effect in a dense model",
+        ),
+        ({"prediction_weight": 0.1}, r"prediction_weight \(0.1\) has no effect while num_nextn_predict_layers is 0"),
+        (
+            {"model": {"preset": "tiny", "topk_method": "greedy"}, "router_bias_speed": 0.1},
+            r"router_bias_speed \(0.1\) has no effect where routers have no bias",
+        ),
+    ],
+)
+def test_weights_of_losses_that_the_model_has_not_are_refused(changes, message) -> None:
+    with pytest.raises(ConfigError, match=message):
+        decode(**changes)

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from ray_ds import storage
 from ray_ds.artifacts import Checkpoint, FileInfo, Manifest
-from ray_ds.evaluate import models
-from ray_ds.evaluate.models import local_model_folder
+from ray_ds.model.local_folder import local_model_folder
 
 
 def make_checkpoint(folder: Path, uri: str) -> Checkpoint:
@@ -45,11 +45,11 @@ def test_a_remote_artefact_is_copied_once_to_the_nodes_cache(tmp_path: Path, mon
     source = tmp_path / "store"
     checkpoint = make_checkpoint(source, "s3://bucket/a")
     monkeypatch.setattr(
-        models.storage, "read_blocks", lambda uri: [(source / uri.removeprefix("s3://bucket/a/")).read_bytes()]
+        storage, "read_blocks", lambda uri: [(source / uri.removeprefix("s3://bucket/a/")).read_bytes()]
     )
     folder = local_model_folder(checkpoint, tmp_path / "cache")
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
     assert (folder / "model.safetensors").read_bytes() == b"weights"
-    monkeypatch.setattr(models.storage, "read_blocks", lambda uri: pytest.fail("copied twice"))
+    monkeypatch.setattr(storage, "read_blocks", lambda uri: pytest.fail("copied twice"))
     assert local_model_folder(checkpoint, tmp_path / "cache") == folder
     assert [path.name for path in (tmp_path / "cache").iterdir()] == [checkpoint.digest]

@@ -7,15 +7,19 @@ import torch
 
 from ray_ds.config.presets import PRESETS
 from ray_ds.model.caches import SlotCache
-from ray_ds.model.decoder import Decoder
+from ray_ds.model.decoder import Decoder, LossWeights
 from ray_ds.model.experts import Experts
 from ray_ds.model.initial import init_weights
+from tests.model import models
+from tests.model.models import KINDS
 
 pytestmark = pytest.mark.gpu
 
 CONFIG = dataclasses.replace(
     PRESETS["demo"], n_routed_experts=16, n_group=4, topk_group=2, num_experts_per_tok=4, q_lora_rank=64
 )
+FORMS = ("plain", "fast")
+WEIGHTS = LossWeights(prediction=0.3, balance=0.01)
 
 
 def new_decoder(dtype: torch.dtype) -> Decoder:
@@ -80,6 +84,33 @@ def test_compiled_training_gives_the_eager_loss():
     loss.backward()
     assert loss.item() == pytest.approx(wanted, rel=1e-3)
     assert all(parameter.grad is not None for parameter in decoder.parameters())
+
+
+@pytest.mark.parametrize("kind", ["latent", "grouped"])
+def test_documents_by_blocks_give_the_plain_loss_and_gradients(kind):
+    config = dataclasses.replace(KINDS[kind], max_position_embeddings=512)
+    tokens, targets = (torch.randint(config.vocab_size, (2, 300), device="cuda") for _ in range(2))
+    segments = (torch.arange(300, device="cuda") // 77).expand(2, -1)
+    plain, fast = (models.new_decoder(config, kernels=kernels).to("cuda", torch.bfloat16) for kernels in FORMS)
+    losses = [decoder(tokens, targets, segments=segments) for decoder in (plain, fast)]
+    assert losses[1].item() == pytest.approx(losses[0].item(), rel=1e-3)
+    for loss in losses:
+        loss.backward()
+    found, wanted = (torch.cat([p.grad.float().flatten() for p in decoder.parameters()]) for decoder in (fast, plain))
+    assert (found - wanted).norm() < 0.05 * wanted.norm()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_fast_pass_compiles_to_one_graph_and_never_waits(kind):
+    decoder = models.new_decoder(KINDS[kind], weights=WEIGHTS).to("cuda", torch.bfloat16)
+    tokens, targets = (torch.randint(KINDS[kind].vocab_size, (4, 128), device="cuda") for _ in range(2))
+    compiled = torch.compile(decoder, fullgraph=True)
+    compiled(tokens, targets).backward()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        compiled(tokens, targets).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_cached_decoding_gives_the_logits_of_a_whole_forward():

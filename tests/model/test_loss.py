@@ -9,6 +9,7 @@ from ray_ds.model.loss import IGNORED_TARGET, OutputHead, linear_cross_entropy, 
 @pytest.fixture(params=[1 << 20, 100], ids=["one chunk", "chunks of three rows"])
 def chunk(request, monkeypatch):
     monkeypatch.setattr(loss_module, "CPU_CHUNK", request.param)
+    monkeypatch.setattr(loss_module, "LINEAR_CPU_ROWS", max(3, request.param // 33))
 
 
 @pytest.mark.usefixtures("chunk")
