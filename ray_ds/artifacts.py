@@ -160,7 +160,7 @@ class QuantizedModel(Artifact):
 
 
 class EvalReport(Artifact):
-    """How good a model is: `report.json`."""
+    """How good a model is: `report.json`, and `items.parquet` with what came of each item of its tasks."""
 
     kind = "EvalReport"
 

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ray_ds import __version__
+from ray_ds.artifacts import KINDS, open_artifact
+from ray_ds.config.import_hf import MAX_SHARD_BYTES
 from ray_ds.config.paths import absolute_path
 from ray_ds.errors import (
     RETRYABLE_EXIT_CODE,
@@ -19,6 +21,9 @@ from ray_ds.errors import (
     UserError,
 )
 from ray_ds.logs import log_event, setup_logging
+from ray_ds.plan.command import add_options as add_plan_options
+from ray_ds.plan.command import run_plan
+from ray_ds.plan.devices import Fleet
 from ray_ds.recipe import Recipe, Step, load_recipe
 from ray_ds.stage_table import STAGES, load_object
 from ray_ds.steps import find_finished, prepare_run
@@ -93,6 +98,8 @@ def argument_parser() -> argparse.ArgumentParser:
     submit.add_argument("step", help="a step's name, or its stage's")
     status = commands.add_parser("status", help="show the steps and which are finished")
     show = commands.add_parser("show", help="show every setting, its value and where that came from")
+    plan = commands.add_parser("plan", help="tell memory, speed, time and cost of training; refuse what cannot fit")
+    add_plan_options(plan)
     for stage in STAGES:
         one = commands.add_parser(stage.name, help=f"run the stage here: {stage.writes} ({stage.resources})")
         one.add_argument("--step", help="which step, where several run this stage")
@@ -100,10 +107,12 @@ def argument_parser() -> argparse.ArgumentParser:
     for command in (run, submit):
         text = "times a job that broke off (exit status 75) is submitted again (default %(default)s)"
         command.add_argument("--retries", type=_count, default=0, metavar="N", help=text)
-    for command in (run, submit, status, show):
+    for command in (run, submit, status, show, plan):
         _add_recipe(command)
     trace = commands.add_parser("trace", help="show what an artefact was made from")
     trace.add_argument("artefacts", nargs="+", metavar="ARTEFACT", help="its folder")
+    scores = commands.add_parser("scores", help="print an EvalReport's scores; with a second one, how it differs")
+    scores.add_argument("reports", nargs="+", metavar="REPORT", help="folders of one report or two")
     generate = commands.add_parser("generate", help="ask the served model")
     generate.add_argument("prompt")
     generate.add_argument(
@@ -114,6 +123,22 @@ def argument_parser() -> argparse.ArgumentParser:
     generate.add_argument("--seed", type=int, default=0, help="of the sampling (default %(default)s)")
     verify = commands.add_parser("verify", help="check a cluster, as a job of at most 15 minutes, and write a report")
     add_options(verify)
+    imports = commands.add_parser("import", help="take a model's folder in Hugging Face's layout as a Checkpoint")
+    imports.add_argument("layout", choices=["hf"], help="hf: config.json, safetensors, tokenizer.json")
+    imports.add_argument("path", help="the folder")
+    imports.add_argument("--output", required=True, help="folder below which the artefact is made, as `run_dir` is")
+    imports.add_argument("--source", help="where it comes from, for `ray-ds trace`")
+    imports.add_argument("--licence", help="its licence, for `ray-ds trace`")
+    export = commands.add_parser("export", help="write a Checkpoint for transformers and vLLM")
+    export.add_argument("artefact", metavar="ARTEFACT", help="its folder")
+    export.add_argument("--to", required=True, choices=["hf"], help="hf: Hugging Face's layout")
+    export.add_argument("--output", required=True, help="folder that is made")
+    export.add_argument(
+        "--dtype", choices=["bfloat16", "float16", "float32"], help="of the weights (default: as it is)"
+    )
+    export.add_argument(
+        "--max-shard-bytes", type=_count, default=MAX_SHARD_BYTES, help="size of a file at most (default %(default)s)"
+    )
     sample = commands.add_parser("sample-text", help="write real text from installed packages as jsonl.gz")
     sample.add_argument("folder")
     chats = commands.add_parser("sample-chats", help="write questions and answers from installed packages as jsonl.gz")
@@ -136,7 +161,7 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
 
 def _dispatch(arguments: Sequence[str]) -> int:
     options, rest = argument_parser().parse_known_args(arguments)
-    if options.command not in ("trace", "generate", "verify", "sample-text", "sample-chats"):
+    if options.command not in _WITHOUT_RECIPE:
         options.root = str(Path(options.root or os.getcwd()).resolve())
     elif rest:
         raise ConfigError("arguments", rest[0], "must fit the usage", f"see ray-ds {options.command} --help")
@@ -210,11 +235,25 @@ def _show_command(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     return _print_lines(load_object("ray_ds.report:settings_lines")(_load(options, overrides)))
 
 
+def _plan_command(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    def cluster_fleet(settings: Any) -> Fleet:
+        load_object("ray_ds.on_ray.session:connect")()
+        fleet: Fleet = load_object("ray_ds.on_ray.devices:cluster_fleet")(settings)
+        return fleet
+
+    return run_plan(_load(options, overrides), options, cluster_fleet)
+
+
 def _trace_command(options: argparse.Namespace, _: Sequence[str]) -> int:
     trace: Callable[[str], list[str]] = load_object("ray_ds.report:trace_lines")
     for artefact in options.artefacts:
         _print_lines(trace(absolute_path(artefact, os.getcwd(), field="artefact")))
     return 0
+
+
+def _scores_command(options: argparse.Namespace, _: Sequence[str]) -> int:
+    uris = [absolute_path(report, os.getcwd(), field="report") for report in options.reports]
+    return _print_lines(load_object("ray_ds.evaluate.tables:scores_lines")(uris))
 
 
 def _generate_command(options: argparse.Namespace, _: Sequence[str]) -> int:
@@ -234,6 +273,27 @@ def _verify_command(options: argparse.Namespace, _: Sequence[str]) -> int:
     return submit(options)
 
 
+def _import_command(options: argparse.Namespace, _: Sequence[str]) -> int:
+    path, output = (
+        absolute_path(value.rstrip("/"), os.getcwd(), field=field)
+        for value, field in ((options.path, "path"), (options.output, "--output"))
+    )
+    given = {name: getattr(options, name) for name in ("source", "licence") if getattr(options, name) is not None}
+    artifact = load_object("ray_ds.stages.import_hf:import_alone")(path, output, **given)
+    # The folder comes last, for scripts: `$(ray-ds import ... | tail -1)`.
+    return _print_lines(["Name it in the `from` of a step, or give it to `ray-ds export`:", artifact.uri])
+
+
+def _export_command(options: argparse.Namespace, _: Sequence[str]) -> int:
+    uri = absolute_path(options.artefact.rstrip("/"), os.getcwd(), field="artefact")
+    artifact = open_artifact(uri, list(KINDS.values()))
+    target = absolute_path(options.output.rstrip("/"), os.getcwd(), field="--output")
+    load_object("ray_ds.exchange.export_folder:export_checkpoint")(
+        artifact, target, dtype=options.dtype, max_shard_bytes=options.max_shard_bytes
+    )
+    return _print_lines([target])
+
+
 def _sample_chats_command(options: argparse.Namespace, _: Sequence[str]) -> int:
     load_object("ray_ds.data.sample_chats:write_sample_chats")(str(Path(options.folder).resolve()))
     return 0
@@ -249,9 +309,14 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace, Sequence[str]], int]] = {
     "submit": _submit_command,
     "status": _status_command,
     "show": _show_command,
+    "plan": _plan_command,
     "trace": _trace_command,
+    "scores": _scores_command,
     "generate": _generate_command,
     "verify": _verify_command,
+    "import": _import_command,
+    "export": _export_command,
     "sample-text": _sample_text_command,
     "sample-chats": _sample_chats_command,
 }
+_WITHOUT_RECIPE = ("trace", "scores", "generate", "verify", "import", "export", "sample-text", "sample-chats")

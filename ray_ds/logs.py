@@ -5,7 +5,7 @@ import logging
 import re
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 PROGRESS_EVENT = "progress"
 _PROGRESS = re.compile(rf"^{PROGRESS_EVENT} step=(\S+) done=(\d+) total=(\d+)(?: (.*))?$")
@@ -29,6 +29,18 @@ def log_event(name: str, /, **fields: object) -> None:
 def format_event(name: str, /, **fields: object) -> str:
     """Return `name key=value ...`; values with spaces are quoted as JSON, floats have five significant digits."""
     return " ".join([name, *(f"{key}={_format_value(value)}" for key, value in fields.items())])
+
+
+def table_lines(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return rows as lines with columns aligned on the left."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def log_table(rows: Sequence[Sequence[str]]) -> None:
+    """Write a table, a line a row."""
+    for line in table_lines(rows):
+        logging.getLogger("ray_ds").info(line)
 
 
 def _format_value(value: object) -> str:

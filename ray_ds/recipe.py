@@ -94,6 +94,17 @@ def load_recipe(path: str, *, overrides: Sequence[str] = (), root: str | None = 
     return Recipe(name=table["name"], run_dir=run_dir, path=path, steps=tuple(steps))
 
 
+def recipe_of_one(stage: str, settings: Mapping[str, Any], *, run_dir: str) -> Recipe:
+    """Return a recipe of one step that reads no artefact, for commands that need no file.
+
+    Raises:
+        ConfigError: a setting is wrong.
+    """
+    raw = {"stage": stage, "settings": dict(settings)}
+    step = _decode_step(raw, "command line", None, [], {})
+    return Recipe(name=stage, run_dir=run_dir, path="command line", steps=(step,))
+
+
 def _check_raw_step(raw: Mapping[str, Any], path: str) -> None:
     """Refuse a step whose own fields are unknown, missing or mistyped."""
     where = f"{path}: {step_name(raw) or 'step'}"

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, get_type_hints
 
 from pydantic import JsonValue
@@ -22,6 +22,7 @@ from ray_ds.artifacts import (
 )
 from ray_ds.config.settings import digest_settings, field_docs
 from ray_ds.errors import UserError
+from ray_ds.logs import table_lines
 from ray_ds.recipe import Recipe, Step, field_names
 from ray_ds.stage_table import load_object
 from ray_ds.steps import find_finished, step_uri
@@ -30,12 +31,6 @@ SUMMARY = "summary.json"
 ANSWER_TOKENS = 48
 ANSWER_TEMPERATURE = 0.7
 """A small model asked for its likeliest words repeats itself."""
-
-
-def table_lines(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return rows as lines with columns aligned on the left."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def status_lines(recipe: Recipe) -> list[str]:
@@ -149,17 +144,26 @@ def _facts(artifact: Artifact) -> dict[str, JsonValue]:
         case TokenShards():
             return {"tokens": facts["tokens"]}
         case Checkpoint():
-            return {name: facts[key] for name, key in _CHECKPOINT_FACTS.items()}
+            return {name: facts[key] for name, key in _CHECKPOINT_FACTS.items() if key in facts}
         case EvalReport() if facts["model_kind"] == Checkpoint.kind:
             scores = {"validation_bits_per_byte": facts["bits_per_byte"]}
-            return scores | {name: facts[name] for name in _BASELINES if name in facts}
+            return scores | {name: facts[name] for name in _BASELINES if name in facts} | _task_scores(facts, "")
         case EvalReport():
-            return {"int8_validation_bits_per_byte": facts["bits_per_byte"]}
+            return {"int8_validation_bits_per_byte": facts["bits_per_byte"], **_task_scores(facts, "int8_")}
         case QuantizedModel():
             return {"int8_perplexity_ratio": facts["perplexity_ratio"], "int8_size_ratio": facts["size_ratio"]}
         case Endpoint():
             return {"endpoint": facts["url"]}
     return {}
+
+
+def _task_scores(facts: dict[str, Any], prefix: str) -> dict[str, JsonValue]:
+    """Return the scores of a report's tasks, as `capitals_accuracy`."""
+    return {
+        f"{prefix}{task}_{metric}": own["score"]
+        for task, found in facts.get("tasks", {}).items()
+        for metric, own in found["scores"].items()
+    }
 
 
 _BASELINES = ("xz_bits_per_byte", "unigram_bits_per_byte", "bigram_bits_per_byte")

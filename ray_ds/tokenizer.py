@@ -2,12 +2,16 @@
 
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
+import pydantic
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from ray_ds import storage
 from ray_ds.config.tokenizer import MIN_VOCAB_SIZE
 from ray_ds.errors import ArtifactError, InputError
+from ray_ds.tokenizer_files import SPECIAL_IDS_FILE
 
 BOS_TOKEN = "<|bos|>"
 EOS_TOKEN = "<|eos|>"
@@ -39,16 +43,36 @@ ROUND_TRIP_PROBES = (
 """Texts that a tokenizer must give back whatever it was trained on."""
 
 
-class BpeTokenizer:
-    """A byte-level BPE with special tokens `<|bos|>`, `<|eos|>`, `<|pad|>`; ids are below `vocab_size`."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SpecialIds:
+    """The ids that mark places in a text, where a tokenizer has others than ours; `special_ids.json` holds them."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    bos_id: int
+    """Starts a document."""
+    eos_ids: tuple[int, ...]
+    """End an answer; the first is the tokenizer's own, others are the model's."""
+    pad_id: int
+    """Fills rows."""
+    adds_bos: bool
+    """Whether a prompt starts with BOS."""
+
+
+OUR_SPECIAL_IDS = SpecialIds(bos_id=0, eos_ids=(1,), pad_id=2, adds_bos=True)
+
+
+class BpeTokenizer:
+    """A byte-level BPE, ours or an imported one; ids are below `vocab_size`."""
+
+    def __init__(self, tokenizer: Tokenizer, special_ids: SpecialIds = OUR_SPECIAL_IDS) -> None:
         # Text that spells a special token is text: otherwise a document could end itself.
         tokenizer.encode_special_tokens = True
         self._tokenizer = tokenizer
-        self.vocab_size = tokenizer.get_vocab_size()
-        self.bos_id, self.eos_id, self.pad_id = range(len(SPECIAL_TOKENS))
-        self._token_bytes = _token_bytes(tokenizer, self.vocab_size)
+        self._token_bytes = _token_bytes(tokenizer)
+        self.vocab_size = len(self._token_bytes)
+        self.marks = special_ids
+        self.bos_id, self.eos_id, self.pad_id = special_ids.bos_id, special_ids.eos_ids[0], special_ids.pad_id
+        self.stop_ids = frozenset((special_ids.bos_id, *special_ids.eos_ids))
+        """The ids that end an answer: no document goes on behind them."""
         self.special_ids = {token.content: i for i, token in tokenizer.get_added_tokens_decoder().items()}
         """Ids of the tokens that no text is encoded to, by their names."""
 
@@ -70,17 +94,28 @@ class BpeTokenizer:
         """Return the ids of each text, without special tokens; on all cores unless TOKENIZERS_PARALLELISM=false."""
         return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
+    def encode_prompt(self, text: str) -> list[int]:
+        """Return the ids that a model is given for a text: after BOS where documents started so in its training.
+
+        An empty text is BOS, whatever the tokenizer, for a model must be given something.
+        """
+        ids = self.encode(text)
+        return [self.bos_id, *ids] if self.marks.adds_bos or not ids else ids
+
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of ids. Special tokens have none; bytes that are no UTF-8 become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """Return the bytes of ids, which may start and end within a character."""
-        return b"".join(map(self._token_bytes.__getitem__, ids))
+        return b"".join(map(self.token_bytes, ids))
 
     def token_bytes(self, token_id: int) -> bytes:
-        """Return the bytes one id stands for; none for a special token."""
-        return self._token_bytes[token_id]
+        """Return the bytes one id stands for: none for a special token, or for one that only the model knows.
+
+        Published models have more rows in their tables than their tokenizers have tokens.
+        """
+        return self._token_bytes[token_id] if token_id < self.vocab_size else b""
 
     def to_json(self) -> str:
         """Return the content of `tokenizer.json`, in Hugging Face's layout."""
@@ -134,34 +169,73 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BpeTokenizer:
 def load_tokenizer(uri: str) -> BpeTokenizer:
     """Return the tokenizer of a `tokenizer.json`, named by absolute path or URI.
 
+    A `special_ids.json` beside it says what an imported tokenizer's special tokens are; without one they are ours.
+
     Raises:
-        ArtifactError: the file is missing, or is no byte-level BPE with our special tokens.
+        ArtifactError: the file is missing, or is no byte-level BPE with these special tokens.
     """
     if not storage.exists(uri):
         raise ArtifactError(uri, "missing", "must be a tokenizer.json", "run the tokenizer step")
     text = storage.read_bytes(uri).decode("utf-8", errors="replace")
-    problem = _find_problem(text)
+    special_ids = read_special_ids(storage.join(uri.rsplit("/", 1)[0], SPECIAL_IDS_FILE))
+    problem = find_problem(text, special_ids)
     if problem:
-        raise ArtifactError(uri, problem, "must be a byte-level BPE made by the tokenizer step", "run that step again")
-    return BpeTokenizer(Tokenizer.from_str(text))
+        allowed = "must be a byte-level BPE made by the tokenizer step, or imported with its special_ids.json"
+        raise ArtifactError(uri, problem, allowed, "run that step again")
+    return BpeTokenizer(Tokenizer.from_str(text), special_ids or OUR_SPECIAL_IDS)
 
 
-def _find_problem(text: str) -> str | None:
-    """Say what is wrong with the content of a `tokenizer.json`, if anything."""
+def read_special_ids(uri: str) -> SpecialIds | None:
+    """Return what a `special_ids.json` says, or None where there is none.
+
+    Raises:
+        ArtifactError: it is damaged.
+    """
+    if not storage.exists(uri):
+        return None
+    data = storage.read_bytes(uri)
+    try:
+        return pydantic.TypeAdapter(SpecialIds).validate_json(data)
+    except pydantic.ValidationError as error:
+        allowed = f"must hold the ids of special tokens ({error.errors()[0]['msg']})"
+        raise ArtifactError(uri, f"{len(data)} bytes", allowed, "restore it, or import the tokenizer again") from error
+
+
+def find_problem(text: str, special_ids: SpecialIds | None) -> str | None:
+    """Say what keeps the content of a `tokenizer.json` from being a byte-level BPE of this class, if anything.
+
+    Args:
+        special_ids: of an imported one; None = it must be one of ours.
+    """
     try:
         content = json.loads(text)
         model, added = content["model"], content["added_tokens"]
-        specials = tuple(token["content"] for token in sorted(added, key=lambda token: token["id"]))
+        names = {token["id"]: token["content"] for token in added}
         vocab = set(model["vocab"])
         kind = model["type"]
     except (ValueError, KeyError, TypeError) as error:
         return f"damaged: {type(error).__name__} {error}"
     if kind != "BPE":
         return f"model {kind}"
-    if specials != SPECIAL_TOKENS:
-        return f"special tokens {', '.join(specials)}"
     missing = set(_byte_characters().values()) - vocab
+    if special_ids is None:
+        specials = tuple(names[token_id] for token_id in sorted(names))
+        if specials != SPECIAL_TOKENS:
+            return f"special tokens {', '.join(specials)}"
+    elif normalizer := _changing_normalizer(content):
+        return f"normalizer {normalizer}"
+    elif "ByteLevel" not in json.dumps(content.get("pre_tokenizer")):
+        return "no ByteLevel pre-tokenizer"
+    elif unknown := {special_ids.bos_id, *special_ids.eos_ids, special_ids.pad_id} - {*names, *model["vocab"].values()}:
+        return f"special id {min(unknown)} has no token"
     return f"{len(missing)} bytes have no token" if missing else None
+
+
+def _changing_normalizer(content: dict[str, Any]) -> str | None:
+    """Return the kind of a normalizer that changes more than how characters are composed, if there is one."""
+    normalizer = content.get("normalizer") or {"type": "Sequence", "normalizers": []}
+    parts = normalizer["normalizers"] if normalizer["type"] == "Sequence" else [normalizer]
+    return next((str(part["type"]) for part in parts if part["type"] != "NFC"), None)
 
 
 def _byte_characters() -> dict[int, str]:
@@ -171,9 +245,18 @@ def _byte_characters() -> dict[int, str]:
     return {**{byte: chr(byte) for byte in printable}, **{byte: chr(256 + i) for i, byte in enumerate(others)}}
 
 
-def _token_bytes(tokenizer: Tokenizer, vocab_size: int) -> tuple[bytes, ...]:
+def _token_bytes(tokenizer: Tokenizer) -> tuple[bytes, ...]:
+    """Return the bytes of every id: none for special tokens and for ids that no token has.
+
+    Tokens that were added to a vocabulary but are not special, such as `<think>`, stand for their own text.
+    """
     byte_of = {character: byte for byte, character in _byte_characters().items()}
-    special = len(SPECIAL_TOKENS)
-    names = [tokenizer.id_to_token(i) or "" for i in range(special, vocab_size)]
-    assert all(names), "token ids have holes"
-    return (b"",) * special + tuple(bytes(byte_of[character] for character in name) for name in names)
+    added = tokenizer.get_added_tokens_decoder()
+    names = {i: name for name, i in tokenizer.get_vocab(with_added_tokens=True).items()}
+    table = [b""] * (max(names) + 1)
+    for i, name in names.items():
+        if i not in added:
+            table[i] = bytes(byte_of[character] for character in name)
+        elif not added[i].special:
+            table[i] = added[i].content.encode()
+    return tuple(table)

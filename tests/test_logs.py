@@ -2,7 +2,7 @@ import logging
 
 import pytest
 
-from ray_ds.logs import Progress, format_event, parse_progress, setup_logging
+from ray_ds.logs import Progress, format_event, parse_progress, setup_logging, table_lines
 
 
 def test_an_event_is_one_line_of_keys_and_values() -> None:
@@ -45,3 +45,7 @@ def test_lines_carry_the_time(capsys: pytest.CaptureFixture[str]) -> None:
     setup_logging()
     logging.getLogger("ray_ds").info("started step=clean")
     assert capsys.readouterr().out.rstrip().endswith(" started step=clean")
+
+
+def test_a_tables_columns_are_aligned() -> None:
+    assert table_lines([("task", "score"), ("long name", "1"), ("b", "")]) == ["task       score", "long name  1", "b"]

@@ -19,8 +19,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from ray_ds.logs import table_lines
 from ray_ds.recipe import Recipe, load_recipe
-from ray_ds.report import table_lines
 from ray_ds.steps import find_finished, step_uri
 from ray_ds.train.metrics import Record, decode
 

@@ -167,6 +167,7 @@ def summarize(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "mfu": statistics.median(record["mfu"] for record in steady) if "mfu" in steady[-1] else None,
         "first_loss": records[0]["loss"],
         "final_loss": statistics.fmean(record["loss"] for record in records[-10:]),
+        "memory_bytes": max(record["memory_bytes"] for record in records),
         "skipped_steps": sum(bool(record.get("is_skipped")) for record in records),
         "final_loss_scale": records[-1].get("loss_scale"),
     }
@@ -225,7 +226,7 @@ def rows_of_step(settings: TrainSettings, options: argparse.Namespace) -> list[t
     generator = torch.Generator().manual_seed(0)
     made = []
     for _ in range(settings.num_micro_batches):
-        rows = torch.randint(options.vocab_size, (options.micro_batch, options.seq_len + 1), generator=generator)
+        rows = torch.randint(options.vocab_size, (settings.micro_batch, settings.seq_len + 1), generator=generator)
         made.append((rows[:, :-1].to(settings.device), rows[:, 1:].to(settings.device)))
     return made
 

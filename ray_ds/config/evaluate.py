@@ -1,10 +1,14 @@
 """Settings of the evaluate stage."""
 
+import dataclasses
 from typing import Annotated, Literal
 
 import pydantic
 
+from ray_ds.config.paths import absolute_path
 from ray_ds.config.settings import OUTPUT_UNCHANGED, settings
+from ray_ds.config.tasks import TaskSettings
+from ray_ds.errors import ConfigError
 
 
 @settings
@@ -20,6 +24,8 @@ class EvaluateSettings:
     baseline_tokens: pydantic.NonNegativeInt = 20_000_000
     """Tokens of the training split, at most, that unigram, bigram and xz learn from; 0 = no baselines. Twenty million
     take xz some three minutes and 1 GB of memory for each of its two runs."""
+    tasks: tuple[TaskSettings, ...] = ()
+    """Questions with right answers that are put to the model."""
     micro_batch: Annotated[pydantic.PositiveInt, OUTPUT_UNCHANGED] = 8
     """Rows that a worker sends through the model at once."""
     device: Annotated[Literal["auto", "cpu", "cuda"], OUTPUT_UNCHANGED] = "auto"
@@ -30,3 +36,27 @@ class EvaluateSettings:
     """CPUs that Ray reserves for a worker."""
     threads_per_worker: Annotated[pydantic.PositiveInt, OUTPUT_UNCHANGED] = 1
     """Threads a worker computes with on the CPU."""
+
+    def __post_init__(self) -> None:
+        names = [task.name for task in self.tasks]
+        for i, name in enumerate(names):
+            if name in names[:i]:
+                raise ConfigError(f"tasks.{i}.name", name, "must be the name of one task only", "choose another")
+
+    def with_root(self, root: str | None, *, where: str) -> "EvaluateSettings":
+        """Return the same settings with the tasks' relative files below `root`.
+
+        Raises:
+            ConfigError: files are relative and there is no root.
+        """
+        tasks = tuple(_task_with_root(task, root, f"{where}.tasks.{i}") for i, task in enumerate(self.tasks))
+        return dataclasses.replace(self, tasks=tasks)
+
+
+def _task_with_root(task: TaskSettings, root: str | None, where: str) -> TaskSettings:
+    """Return a task with absolute files."""
+    shot_files = task.shot_files
+    if shot_files is not None:
+        shot_files = absolute_path(shot_files, root, field=f"{where}.shot_files")
+    files = absolute_path(task.files, root, field=f"{where}.files")
+    return dataclasses.replace(task, files=files, shot_files=shot_files)

@@ -73,6 +73,7 @@ class Choice:
     has_experts: bool
     objective: str = "next_token"
     has_adapters: bool = False
+    is_fp8: bool = False
     is_compiled: bool = False
 
 
@@ -163,6 +164,12 @@ RULES: tuple[Rule, ...] = (
         field="lora.rank",
         allowed="must be absent in groups: adapters beside divided weights would have to be divided too",
         action="remove parallel, or lora",
+    ),
+    Rule(
+        refuses=lambda c: c.is_fp8 and bool(c.axes),
+        field="fp8",
+        allowed="must be off in groups: it runs on GPUs alone, where no test holds it to one process",
+        action="remove it",
     ),
     Rule(
         refuses=lambda c: c.is_compiled and bool(c.axes),

@@ -53,6 +53,9 @@ class TrainSettings:
     """Tokens to train on, rounded up to whole steps; either this or `steps`."""
     precision: Precision = "bf16"
     """Type of weights and activations; the optimizer keeps fp32 masters. fp16 scales the loss dynamically."""
+    fp8: bool = False
+    """Whether the layers' linear products are in FP8, with bf16 only: faster on GPUs from compute capability 8.9 on
+    (Hopper, Ada). Embedding, output projection, experts, router, norms and attention stay in bf16."""
     zero_stage: Literal[0, 1, 2, 3] = 1
     """What DeepSpeed partitions over workers: 1 optimizer state, 2 also gradients, 3 also weights."""
     offload: Annotated[Offload, OUTPUT_UNCHANGED] = "none"
@@ -119,7 +122,7 @@ class TrainSettings:
     """Whether torch.compile makes the model's kernels: slow to start, faster on a GPU."""
     device: Annotated[Literal["auto", "cpu", "cuda"], OUTPUT_UNCHANGED] = "auto"
     """What workers compute on; auto = cuda where the cluster has GPUs."""
-    num_workers: Annotated[PositiveInt | tuple[PositiveInt, PositiveInt], OUTPUT_UNCHANGED] = 1
+    num_workers: Annotated[int | tuple[int, int], OUTPUT_UNCHANGED] = 1
     """Processes, a number or `[min, max]` for as many as the cluster holds at the time; on cuda each has one GPU."""
     allowed_workers: Annotated[tuple[PositiveInt, ...] | None, OUTPUT_UNCHANGED] = None
     """Numbers of processes that may train, within `[min, max]`; absent = all of them."""
@@ -160,6 +163,7 @@ class TrainSettings:
         self._check_profile()
         self._check_grid()
         self._check_muon()
+        self._check_fp8()
 
     def _fill_for_model(self, config: ModelConfig) -> None:
         """Give what concerns experts and multi-token prediction its default, or refuse it where it has no effect."""
@@ -187,6 +191,7 @@ class TrainSettings:
             has_experts=config.num_moe_layers > 0,
             objective=self.objective.kind,
             has_adapters=self.lora is not None,
+            is_fp8=self.fp8,
             is_compiled=self.compile,
         )
         rule = refusal(choice)
@@ -262,11 +267,17 @@ class TrainSettings:
 
     def _check_workers(self) -> None:
         """Want a range of workers that is one, and sizes that lie in it."""
+        given = list(self.worker_range) if self.is_elastic else self.num_workers
+        if self.min_workers < 1:
+            allowed = "must be 1 or more, a number or [min, max]"
+            raise ConfigError("num_workers", given, allowed, "raise it")
         if self.min_workers > self.max_workers:
-            raise ConfigError("num_workers", list(self.worker_range), "must be [min, max]", "swap them")
+            raise ConfigError("num_workers", given, "must be [min, max]", "swap them")
         self._check_groups()
         if self.allowed_workers is None:
             return
+        if not self.allowed_workers:
+            raise ConfigError("allowed_workers", [], "must name a number of workers", "add one, or remove the setting")
         if not self.is_elastic:
             value = list(self.allowed_workers)
             raise ConfigError("allowed_workers", value, "has no effect with a fixed number of workers", "remove it")
@@ -298,6 +309,13 @@ class TrainSettings:
             allowed = "must be 0 with Muon in ZeRO 1-3, where DeepSpeed clips the orthogonalized update"
             action = "set it to 0 (Muon's update does not grow with the gradient), or set zero_stage to 0"
             raise ConfigError("gradient_clipping", self.gradient_clipping, allowed, action)
+
+    def _check_fp8(self) -> None:
+        """Refuse FP8 beside what it is not made for."""
+        if self.fp8 and self.precision != "bf16":
+            raise ConfigError("fp8", True, f"must be off with precision {self.precision}", "use bf16, or remove it")
+        if self.fp8 and self.lora is not None:
+            raise ConfigError("fp8", True, "must be off with lora, whose adapters are small", "remove one of them")
 
     @property
     def worker_range(self) -> tuple[int, int]:

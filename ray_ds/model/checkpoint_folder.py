@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ray_ds.config.model import ModelConfig
@@ -15,13 +15,14 @@ from ray_ds.errors import ArtifactError, ConfigError
 from ray_ds.model.balance import reset_expert_load
 from ray_ds.model.decoder import Decoder
 from ray_ds.model.hugging_face import from_hf_config, from_hf_state_dict, to_hf_config, to_hf_state_dict
+from ray_ds.model.hugging_face.shapes import BIAS_SUFFIX
+from ray_ds.model.tensor_folder import INDEX_FILE, WEIGHTS_FILE
+from ray_ds.model.tensor_writer import write_json, write_shards
 
 CONFIG_FILE = "config.json"
-WEIGHTS_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
+GENERATION_CONFIG_FILE = "generation_config.json"
 DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
-FP32_SUFFIX = "e_score_correction_bias"
-"""Stays in fp32 in every checkpoint."""
+FP32_SUFFIX = BIAS_SUFFIX
 
 
 def save_checkpoint_folder(
@@ -45,24 +46,17 @@ def save_checkpoint_folder(
         The names of the files.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = to_hf_state_dict(state)
-    if config.tie_word_embeddings:
-        del tensors["lm_head.weight"]
-    shards = _divide(tensors, dtype, max_shard_bytes)
-    names = [WEIGHTS_FILE] if len(shards) == 1 else [_shard_name(i, len(shards)) for i in range(len(shards))]
-    for name, shard in zip(names, shards, strict=True):
-        stored = {key: tensors[key].to("cpu", _stored_dtype(key, dtype)).contiguous() for key in shard}
-        save_file(stored, folder / name, metadata={"format": "pt"})
+    tensors = to_hf_state_dict(state, config)
+    sizes = {name: tensors[name].numel() * _stored_dtype(name, dtype).itemsize for name in sorted(tensors)}
+
+    def stored(name: str) -> Tensor:
+        return tensors[name].to("cpu", _stored_dtype(name, dtype))
+
+    names = list(write_shards(folder, sizes, stored, max_shard_bytes=max_shard_bytes))
     tokens = {"bos_token_id": bos_token_id, "eos_token_id": eos_token_id}
-    _write_json(folder / CONFIG_FILE, {**to_hf_config(config, **tokens), "dtype": DTYPE_NAMES[dtype]})
-    _write_json(folder / "generation_config.json", {"_from_model_config": True, **tokens})
-    written = [CONFIG_FILE, "generation_config.json", *names]
-    if len(shards) > 1:
-        places = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
-        total = sum(_stored_bytes(key, tensors[key], dtype) for key in tensors)
-        _write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": places})
-        written.append(INDEX_FILE)
-    return written
+    write_json(folder / CONFIG_FILE, {**to_hf_config(config, **tokens), "dtype": DTYPE_NAMES[dtype]})
+    write_json(folder / GENERATION_CONFIG_FILE, {"_from_model_config": True, **tokens})
+    return [CONFIG_FILE, GENERATION_CONFIG_FILE, *names]
 
 
 def load_checkpoint_folder(folder: Path, *, dtype: torch.dtype, device: torch.device | str) -> Decoder:
@@ -72,9 +66,7 @@ def load_checkpoint_folder(folder: Path, *, dtype: torch.dtype, device: torch.de
         ArtifactError: a file is missing or damaged; a tensor is missing, surplus or has the wrong shape.
     """
     config = read_config(folder)
-    state = from_hf_state_dict(read_tensors(folder))
-    if config.tie_word_embeddings and "model.embed_tokens.weight" in state:
-        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    state = from_hf_state_dict(read_tensors(folder), config)
     with torch.device("meta"):
         decoder = Decoder(config)
     _check_tensors(folder, decoder, state)
@@ -130,33 +122,9 @@ def _check_tensors(folder: Path, decoder: Decoder, state: Mapping[str, Tensor]) 
             raise ArtifactError(f"{folder}: {name}", str(found), allowed, "use a folder that was copied whole")
 
 
-def _divide(tensors: Mapping[str, Tensor], dtype: torch.dtype, max_shard_bytes: int) -> list[list[str]]:
-    """Return the names, in order, that go to each file."""
-    shards: list[list[str]] = [[]]
-    filled = 0
-    for name in sorted(tensors):
-        size = _stored_bytes(name, tensors[name], dtype)
-        if shards[-1] and filled + size > max_shard_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1].append(name)
-        filled += size
-    return shards
-
-
-def _shard_name(index: int, count: int) -> str:
-    """Return Hugging Face's name of the file at `index`."""
-    return f"model-{index + 1:05d}-of-{count:05d}.safetensors"
-
-
 def _stored_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
     """Return the type that a tensor has on disk."""
     return torch.float32 if name.endswith(FP32_SUFFIX) else dtype
-
-
-def _stored_bytes(name: str, tensor: Tensor, dtype: torch.dtype) -> int:
-    """Return a tensor's size on disk."""
-    return tensor.numel() * _stored_dtype(name, dtype).itemsize
 
 
 def _read_json(path: Path) -> Any:
@@ -167,8 +135,3 @@ def _read_json(path: Path) -> Any:
         raise ArtifactError(str(path), "missing", "must be there", "copy or make it again") from error
     except ValueError as error:
         raise ArtifactError(str(path), str(error), "must be JSON", "copy or make it again") from error
-
-
-def _write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Write a JSON file whose bytes follow from the values."""
-    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")

@@ -79,17 +79,19 @@ class Decoder(nn.Module):
             segments: (B, T) int64, the number of the document that each token belongs to: attention stays within a
                 document and positions start at 0 in each; None = a row is one document.
             cache: the rows' earlier tokens; `tokens` go on from there and are stored.
-            logit_positions: (B,), the one token of each row whose logits are wanted; None = all.
+            logit_positions: (B,) or (B, P), the token or tokens of each row whose logits are wanted; None = all.
         Returns:
             With targets the cross-entropy summed over them in nats, in training plus the weighted extra losses, a
-            scalar; without, logits (B, T, V) or (B, V). All in fp32.
+            scalar; without, logits (B, T, V), (B, V) or (B, P, V). All in fp32.
         """
         rotary, mask = self.model.surroundings(tokens, segments, cache)
         hidden, balances = self.model(tokens, rotary, mask, cache)  # (B, T, D)
         if targets is None:
             if logit_positions is not None:
-                hidden = hidden[torch.arange(len(hidden), device=hidden.device), logit_positions]  # (B, D)
-            logits: Tensor = self.lm_head(hidden)  # (B, T, V) or (B, V)
+                rows = torch.arange(len(hidden), device=hidden.device)
+                rows = rows.view(-1, *[1] * (logit_positions.dim() - 1))
+                hidden = hidden[rows, logit_positions]  # (B, D) or (B, P, D)
+            logits: Tensor = self.lm_head(hidden)  # (B, T, V), (B, V) or (B, P, V)
             return logits.float()
         loss: Tensor = self.lm_head(hidden, targets)
         if not self.training:

@@ -12,12 +12,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ray_ds.errors import ArtifactError
-from ray_ds.model.checkpoint_folder import CONFIG_FILE, FP32_SUFFIX, INDEX_FILE, WEIGHTS_FILE, read_config, read_tensors
+from ray_ds.model.checkpoint_folder import CONFIG_FILE, FP32_SUFFIX, read_config, read_tensors
+from ray_ds.model.tensor_folder import INDEX_FILE, WEIGHTS_FILE
 from ray_ds.quantize.layout import SCALE_SUFFIX, is_quantized, quantization_config
 from ray_ds.quantize.scheme import dequantize_weight, quantize_weight
+from ray_ds.tokenizer_files import copy_tokenizer
 
-COPIED_FILES = ("tokenizer.json", "generation_config.json")
-COPIED_IF_THERE = ("chat_template.jinja",)
+GENERATION_CONFIG_FILE = "generation_config.json"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,12 +56,11 @@ def quantize_folder(source: Path, target: Path, *, max_shard_bytes: int) -> Mode
     if len(shards) > 1:
         _write_json(target / INDEX_FILE, {"metadata": {"total_size": written}, "weight_map": weight_map})
     config = json.loads((source / CONFIG_FILE).read_text())
-    _write_json(target / CONFIG_FILE, {**config, "dtype": "bfloat16", "quantization_config": quantization_config()})
-    for name in COPIED_FILES:
-        shutil.copyfile(source / name, target / name)
-    for name in COPIED_IF_THERE:
-        if (source / name).exists():
-            shutil.copyfile(source / name, target / name)
+    int8 = quantization_config(predicts_further=bool(config.get("num_nextn_predict_layers")))
+    config |= {name: "bfloat16" for name in ("dtype", "torch_dtype") if name in config}
+    _write_json(target / CONFIG_FILE, {**config, "quantization_config": int8})
+    shutil.copyfile(source / GENERATION_CONFIG_FILE, target / GENERATION_CONFIG_FILE)
+    copy_tokenizer(str(source.absolute()), str(target.absolute()))
     return ModelBytes(int8=written, bf16=sum(2 * tensor.numel() for tensor in tensors.values()))
 
 

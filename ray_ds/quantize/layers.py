@@ -13,17 +13,21 @@ Int8Weight = tuple[Tensor, Tensor]
 
 
 class Int8Linear(nn.Module):
-    """A linear layer without bias, for inputs of any float type."""
+    """A linear layer, for inputs of any float type; a bias stays a float."""
 
-    def __init__(self, weight: Int8Weight, road: Road) -> None:
+    def __init__(self, weight: Int8Weight, road: Road, bias: Tensor | None = None) -> None:
         super().__init__()
         self.road = road
         self.packed = pack_weight(*weight, road)
+        self.bias = None if bias is None else nn.Parameter(bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the output (..., N) for each vector of `x` (..., K), in the type of `x`."""
         values, scale = self.packed.quantize(x.reshape(-1, self.packed.in_features))
-        return self.packed.multiply(values, scale).to(x.dtype).view(*x.shape[:-1], self.packed.out_features)
+        out = self.packed.multiply(values, scale)
+        if self.bias is not None:
+            out = out + self.bias
+        return out.to(x.dtype).view(*x.shape[:-1], self.packed.out_features)
 
 
 class Int8MLP(nn.Module):

@@ -29,14 +29,19 @@ def is_quantized(name: str) -> bool:
     return found is not None and found.end() == len(name)
 
 
-def quantization_config() -> dict[str, Any]:
-    """Return the `quantization_config` of config.json, as compressed-tensors defines it."""
+def quantization_config(*, predicts_further: bool = False) -> dict[str, Any]:
+    """Return the `quantization_config` of config.json, as compressed-tensors defines it.
+
+    Args:
+        predicts_further: whether the model has modules of multi-token prediction, whose joint and head stay floats.
+    """
+    further = ["re:.*eh_proj$", "re:.*shared_head.head$"] if predicts_further else []
     int8 = {"num_bits": 8, "type": "int", "symmetric": True}
     return {
         "quant_method": "compressed-tensors",
         "format": "int-quantized",
         "quantization_status": "compressed",
-        "ignore": ["lm_head", "re:.*mlp.gate$", "re:.*kv_b_proj$"],
+        "ignore": ["lm_head", "re:.*mlp.gate$", "re:.*kv_b_proj$", *further],
         "config_groups": {
             "group_0": {
                 "targets": ["Linear"],
@@ -53,8 +58,9 @@ def check_quantization_config(path: Path) -> None:
     Raises:
         ArtifactError: it does not.
     """
-    found = json.loads(path.read_text()).get("quantization_config")
-    if found != quantization_config():
+    values = json.loads(path.read_text())
+    found = values.get("quantization_config")
+    if found != quantization_config(predicts_further=bool(values.get("num_nextn_predict_layers"))):
         value = "no quantization_config" if found is None else json.dumps(found)
         allowed = "must hold the quantization_config that the quantize step writes (compressed-tensors, int-quantized)"
         raise ArtifactError(str(path), value, allowed, "make the model by the quantize step")

@@ -1,5 +1,6 @@
 """Loading an INT8 folder as a decoder whose linear layers multiply integers."""
 
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from ray_ds.logs import log_event
 from ray_ds.model.checkpoint_folder import CONFIG_FILE, read_config, read_tensors
 from ray_ds.model.decoder import Decoder
 from ray_ds.model.experts import Experts
+from ray_ds.model.hugging_face.shapes import copies_on_disk
 from ray_ds.model.layers import MLP
 from ray_ds.quantize.kernels import Road, self_test
 from ray_ds.quantize.layers import Int8Experts, Int8Linear, Int8MLP, Int8Weight
@@ -33,7 +35,7 @@ def load_quantized(
     folder = Path(folder)
     config = read_config(folder)
     check_quantization_config(folder / CONFIG_FILE)
-    tensors = _Tensors(folder, torch.device(device))
+    tensors = _Tensors(folder, torch.device(device), copies_on_disk(config))
     with torch.device("meta"):
         decoder = Decoder(config)
     _put_int8_layers(decoder, "", tensors, road or _choose_road(decoder, device))
@@ -51,9 +53,10 @@ def integer_road(decoder: Decoder) -> Road:
 class _Tensors:
     """The tensors of a folder, each handed out once and checked."""
 
-    def __init__(self, folder: Path, device: torch.device) -> None:
+    def __init__(self, folder: Path, device: torch.device, copies: Collection[str]) -> None:
+        """Read all but the `copies`, which repeat others."""
         self._folder = folder
-        self._tensors = read_tensors(folder)
+        self._tensors = {name: tensor for name, tensor in read_tensors(folder).items() if name not in copies}
         self._device = device
 
     def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
@@ -111,7 +114,8 @@ def _put_int8_layers(module: nn.Module, prefix: str, tensors: _Tensors, road: Ro
             experts = [tensors.take_gated(f"{path}.{i}", hidden_size, inner) for i in range(count)]
             setattr(module, name, Int8Experts(experts, road))
         elif isinstance(child, nn.Linear) and is_quantized(f"{path}.weight"):
-            setattr(module, name, Int8Linear(tensors.take_int8(path, *child.weight.shape), road))
+            bias = None if child.bias is None else torch.empty_like(child.bias)  # gets its values as all floats do
+            setattr(module, name, Int8Linear(tensors.take_int8(path, *child.weight.shape), road, bias))
         else:
             _put_int8_layers(child, f"{path}.", tensors, road)
 

@@ -41,8 +41,8 @@ class TokenTable(Protocol):
     """What the engine asks of a tokenizer."""
 
     vocab_size: int
-    bos_id: int
-    eos_id: int
+    stop_ids: frozenset[int]
+    """End an answer."""
 
     def token_bytes(self, token_id: int) -> bytes:
         """Return the bytes one id stands for."""
@@ -225,7 +225,7 @@ class Engine:
         self._num_tokens += 1
         reason: FinishReason | None = None
         text = ""
-        if token in (self._tokenizer.bos_id, self._tokenizer.eos_id):
+        if token in self._tokenizer.stop_ids:
             reason = "stop"
         else:
             if params.logprobs is not None:

@@ -1,4 +1,8 @@
-"""The evaluate stage: Checkpoint or QuantizedModel, and TokenShards -> EvalReport, on Ray actors and tasks."""
+"""The evaluate stage: Checkpoint or QuantizedModel, and TokenShards -> EvalReport, on Ray actors and tasks.
+
+Actors with the model in memory predict the validation split and answer the tasks' questions; who takes which batch
+makes no difference. Beside them run the baselines.
+"""
 
 import dataclasses
 import json
@@ -20,12 +24,19 @@ from ray_ds.artifacts import Artifact, Checkpoint, QuantizedModel, StageRun, Tok
 from ray_ds.config.evaluate import EvaluateSettings
 from ray_ds.data.shards import TokenSplit
 from ray_ds.errors import ArtifactError, ConfigError, InputError
+from ray_ds.evaluate.bleu import check_sacrebleu
 from ray_ds.evaluate.compression import conditional_bits_per_byte, xz_bytes
+from ray_ds.evaluate.continuations import Key
 from ray_ds.evaluate.models import load_model
 from ray_ds.evaluate.ngrams import BLOCK_TOKENS, bigram_nats, fit_bigram
+from ray_ds.evaluate.outcomes import OUTCOMES_FILE, Outcome, write_outcomes
 from ray_ds.evaluate.perplexity import Score, bits_per_byte, micro_batches, sum_loss
+from ray_ds.evaluate.questions import read_questions
 from ray_ds.evaluate.spans import Span, count_bytes, plan_spans, text_of
-from ray_ds.logs import Progress
+from ray_ds.evaluate.tables import report_rows
+from ray_ds.evaluate.task_files import fingerprint_tasks
+from ray_ds.evaluate.tasks import AskedTask, Batch, Result, ask_task, judge, plan_work, run_batch, score_task
+from ray_ds.logs import Progress, log_table
 from ray_ds.model.local_folder import MODEL_FOLDER
 from ray_ds.on_ray.preflight import check_cluster
 from ray_ds.on_ray.user_errors import user_errors
@@ -62,11 +73,15 @@ def evaluate(settings: EvaluateSettings, run: StageRun) -> Artifact:
         field=f"{run.step}.num_workers",
     )
     spans, num_bytes = plan_validation(settings, shards)
+    questions = ask_tasks(settings, model, run.step)
     job = EvaluateJob(model=model, shards=shards, settings=settings, device=device, spans=spans)
     with user_errors():
         scorers = start_scorers(job)
         baselines = Baselines(job) if settings.baseline_tokens else None
         score = score_model(scorers, job, num_bytes, Progress(run.step, sum(span.num_targets for span in spans)))
+        outcomes = answer_tasks(scorers, job, questions, f"{run.step}_tasks")
+        for scorer in scorers:
+            ray.kill(scorer)
         facts: dict[str, JsonValue] = {
             "model_kind": model.kind,
             "loss": score.loss,
@@ -76,9 +91,34 @@ def evaluate(settings: EvaluateSettings, run: StageRun) -> Artifact:
             "bytes": score.bytes,
             **(baselines.facts(num_bytes) if baselines else {}),
         }
+    if questions:
+        facts["tasks"] = {
+            task.settings.name: score_task(task, own) for task, own in zip(questions, outcomes, strict=True)
+        }
+        write_outcomes(run.path(OUTCOMES_FILE), [own for task in outcomes for own in task])
     report = {**facts, "model": model.uri, "shards": shards.uri, "settings": dataclasses.asdict(settings)}
-    storage.write_bytes(run.path("report.json"), json.dumps(report, indent=1).encode() + b"\n")
-    return run.commit(facts, seconds=time.monotonic() - started)
+    storage.write_bytes(run.path("report.json"), json.dumps(report, indent=1, ensure_ascii=False).encode() + b"\n")
+    log_table(report_rows(facts))
+    return run.commit(facts, seconds=time.monotonic() - started, sources=fingerprint_tasks(settings))
+
+
+def ask_tasks(settings: EvaluateSettings, model: Artifact, step: str) -> list[AskedTask]:
+    """Read the tasks' questions, and encode them as the model reads them.
+
+    Raises:
+        InputError: a file or an item is damaged, or a question does not fit the model; the message names it.
+        ConfigError: a package that a metric needs is not installed.
+    """
+    for i, task in enumerate(settings.tasks):
+        if task.generate is not None and "bleu" in task.generate.metrics:
+            check_sacrebleu(f"{step}.tasks.{i}.generate.metrics")
+    if not settings.tasks:
+        return []
+    tokenizer = load_tokenizer(model.path(MODEL_FOLDER, "tokenizer.json"))
+    return [
+        ask_task(number, task, read_questions(task), tokenizer, settings.seq_len)
+        for number, task in enumerate(settings.tasks)
+    ]
 
 
 def check_same_tokenizer(model: Artifact, shards: TokenShards) -> None:
@@ -129,10 +169,15 @@ class Scorer:
         self._device = job.device
         self._model = load_model(job.model, job.settings.precision, job.device, Path(self._cache.name))
         self._split = TokenSplit.open(job.shards.uri, "validation", Path(self._cache.name))
+        self._tokenizer = load_tokenizer(job.model.path(MODEL_FOLDER, "tokenizer.json"))
 
     def sum_loss(self, spans: Sequence[Span]) -> tuple[int, float]:
         """Return the targets of a micro-batch and what they cost, in nats."""
         return sum(span.num_targets for span in spans), sum_loss(self._model, self._split, spans, self._device)
+
+    def run_batch(self, batch: Batch) -> dict[Key, Result]:
+        """Return what the model says to a batch of the tasks' questions."""
+        return run_batch(self._model, self._tokenizer, batch, self._device)
 
 
 def start_scorers(job: EvaluateJob) -> list[Any]:
@@ -152,9 +197,26 @@ def score_model(scorers: list[Any], job: EvaluateJob, num_bytes: int, progress: 
         tokens += num_targets
         nats.append(cost)
         progress.update(tokens, loss=math.fsum(nats) / tokens)
-    for scorer in scorers:
-        ray.kill(scorer)
     return Score(nats=math.fsum(nats), tokens=tokens, bytes=num_bytes)
+
+
+def answer_tasks(
+    scorers: list[Any], job: EvaluateJob, tasks: Sequence[AskedTask], progress_name: str
+) -> list[list[Outcome]]:
+    """Deal the tasks' batches to the actors and return what came of each task's questions.
+
+    Batches follow from the questions and `micro_batch`, never from who is free, so that any number of actors gives
+    the same.
+    """
+    vocab_size = json.loads(storage.read_bytes(job.model.path(MODEL_FOLDER, "config.json")))["vocab_size"]
+    batches = plan_work(tasks, job.settings.micro_batch, vocab_size)
+    progress = Progress(progress_name, len(batches))
+    results: dict[Key, Result] = {}
+    answers = ActorPool(scorers).map_unordered(lambda actor, batch: actor.run_batch.remote(batch), batches)
+    for done, found in enumerate(answers, start=1):
+        results |= found
+        progress.update(done)
+    return [judge(number, task, results) for number, task in enumerate(tasks)]
 
 
 class Baselines:

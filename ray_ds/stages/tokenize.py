@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import JsonValue
 
 from ray_ds import storage
-from ray_ds.artifacts import WORK, Artifact, Corpus, StageRun, Tokenizer, make_digest
+from ray_ds.artifacts import WORK, Artifact, Checkpoint, Corpus, StageRun, Tokenizer, make_digest
 from ray_ds.config.tokenize import TokenizeSettings
 from ray_ds.data.documents import file_names, file_path
 from ray_ds.data.shards import SHARD_TOKENS, SPLITS
@@ -20,6 +20,8 @@ from ray_ds.data.tokenization import Counts, TokenizeJob, count_shards, sum_coun
 from ray_ds.errors import ArtifactError, ConfigError
 from ray_ds.on_ray.preflight import check_shared
 from ray_ds.on_ray.units import Publish, WorkUnit, run_units
+from ray_ds.tokenizer import load_tokenizer
+from ray_ds.tokenizer_files import TOKENIZER_FILE, copy_tokenizer
 
 TOKENIZE_FOLDER = f"{WORK}/tokenize"
 
@@ -32,7 +34,8 @@ def tokenize(settings: TokenizeSettings, run: StageRun) -> Artifact:
         ConfigError: a split is empty, or groups are asked for where documents have none.
     """
     started = time.monotonic()
-    corpus, tokenizer = run.input(Corpus), run.input(Tokenizer)
+    corpus, tokenizer = run.input(Corpus), run.input(Tokenizer, Checkpoint)
+    folder, tokenizer_digest = find_tokenizer(tokenizer)
     check_same_corpus(corpus, tokenizer)
     check_shared(run.run_dir)
     for artifact in (tokenizer, corpus):
@@ -40,7 +43,7 @@ def tokenize(settings: TokenizeSettings, run: StageRun) -> Artifact:
     job = TokenizeJob(
         step=run.step,
         corpus_uri=corpus.uri,
-        tokenizer_uri=tokenizer.path("tokenizer.json"),
+        tokenizer_uri=storage.join(folder, TOKENIZER_FILE),
         validation_fraction=settings.validation_fraction,
         hold_out=settings.hold_out,
         seed=settings.seed,
@@ -55,17 +58,27 @@ def tokenize(settings: TokenizeSettings, run: StageRun) -> Artifact:
     )
     counts = sum_counts(commit.facts for commit in commits)
     check_counts(counts, corpus, settings, run.step)
-    storage.write_bytes(run.path("tokenizer.json"), storage.read_bytes(job.tokenizer_uri))
-    facts = {
-        "vocab_size": tokenizer.fact("vocab_size"),
-        "tokenizer_digest": tokenizer.digest,
+    copy_tokenizer(folder, run.uri)
+    facts: dict[str, Any] = {
+        "vocab_size": load_tokenizer(job.tokenizer_uri).vocab_size,
+        "tokenizer_digest": tokenizer_digest,
         **counts,
         SHARD_TOKENS: count_shards({commit.unit: commit.facts for commit in commits}),
     }
     return run.commit(facts, seconds=time.monotonic() - started)
 
 
-def plan_units(corpus: Corpus, tokenizer: Tokenizer) -> list[WorkUnit[str]]:
+def find_tokenizer(artifact: Artifact) -> tuple[str, str]:
+    """Return the folder of an artefact's tokenizer, and the digest that says which tokenizer it is.
+
+    A Checkpoint has the tokenizer it was trained or imported with.
+    """
+    if isinstance(artifact, Checkpoint):
+        return artifact.path("model"), artifact.fact("tokenizer_digest")
+    return artifact.uri, artifact.digest
+
+
+def plan_units(corpus: Corpus, tokenizer: Artifact) -> list[WorkUnit[str]]:
     """Return a work unit for each file of the corpus."""
     sha256 = {info.path: info.sha256 for info in corpus.manifest.files}
     return [
@@ -81,8 +94,10 @@ def _tokenize_unit(name: str, publish: Publish, job: TokenizeJob) -> dict[str, J
     return facts
 
 
-def check_same_corpus(corpus: Corpus, tokenizer: Tokenizer) -> None:
-    """Refuse a tokenizer that was trained on another corpus."""
+def check_same_corpus(corpus: Corpus, tokenizer: Artifact) -> None:
+    """Refuse a tokenizer that was trained on another corpus; a checkpoint's stays with its model, whatever the text."""
+    if isinstance(tokenizer, Checkpoint):
+        return
     trained_on = tokenizer.input_digest("Corpus")
     if trained_on != corpus.digest:
         raise ArtifactError(

@@ -19,10 +19,13 @@ from ray_ds.errors import ArtifactError, ConfigError
 from ray_ds.logs import Progress, log_event
 from ray_ds.model.hugging_face import from_hf_config
 from ray_ds.model.local_folder import MODEL_FOLDER
+from ray_ds.on_ray.devices import known_gpu_fleet
 from ray_ds.on_ray.gauges import TrainGauges
 from ray_ds.on_ray.preflight import check_cluster
 from ray_ds.on_ray.stopping import stop_request
 from ray_ds.on_ray.trainer import train_on_ray
+from ray_ds.plan.case import case_of
+from ray_ds.plan.fit import check_fits
 from ray_ds.tokenizer import load_tokenizer
 from ray_ds.train.batches import check_cache, open_split
 from ray_ds.train.metrics import SHOWN
@@ -174,5 +177,17 @@ def check_task(task: TrainTask, run: StageRun) -> None:
     )
     for checkpoint in run.named.values():
         checkpoint.verify_files()
+    check_memory(task, run.step)
     if not storage.is_remote(task.shards):  # those on an object store are checked when a node fetches them
         run.input(TokenShards).verify_files()  # last, for it reads every shard
+
+
+def check_memory(task: TrainTask, step: str) -> None:
+    """Refuse, before a GPU is taken, what cannot fit it with the fewest workers; GPUs of unknown kind are let pass.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    fleet = known_gpu_fleet() if task.device == "cuda" else None
+    if fleet is not None:
+        check_fits(case_of(task.settings, task.config, task.settings.min_workers), fleet, step=step)

@@ -15,6 +15,7 @@ from ray_ds.chat.template import TEMPLATE_FILE
 from ray_ds.config.objective import Lora
 from ray_ds.model.checkpoint_folder import save_checkpoint_folder
 from ray_ds.model.local_folder import MODEL_FOLDER
+from ray_ds.tokenizer_files import copy_tokenizer
 from ray_ds.train.lora import LORA_A, LORA_B, merge_adapters
 from ray_ds.train.task import TrainTask
 
@@ -44,7 +45,7 @@ def export_model(state: dict[str, Tensor], task: TrainTask, dtype: torch.dtype) 
             bos_token_id=task.bos_token_id,
             eos_token_id=task.eos_token_id,
         )
-        (folder / "tokenizer.json").write_bytes(storage.read_bytes(storage.join(task.shards, "tokenizer.json")))
+        copy_tokenizer(task.shards, str(folder))
         template = _find_template(task)
         if template is not None:
             (folder / TEMPLATE_FILE).write_bytes(template)

@@ -8,8 +8,10 @@ import torch
 from ray_ds import storage
 from ray_ds.artifacts import Checkpoint, open_artifact
 from ray_ds.config.objective import Distill, Dpo
+from ray_ds.errors import ConfigError
 from ray_ds.model.checkpoint_folder import load_checkpoint_folder
 from ray_ds.model.decoder import Decoder, LossWeights
+from ray_ds.model.fp8 import to_fp8
 from ray_ds.model.initial import init_weights
 from ray_ds.model.local_folder import MODEL_FOLDER, local_model_folder
 from ray_ds.train.distillation import DistillObjective
@@ -17,6 +19,9 @@ from ray_ds.train.lora import add_adapters
 from ray_ds.train.objective import NextTokenObjective, Objective
 from ray_ds.train.preference import DpoObjective
 from ray_ds.train.task import TrainTask
+
+FP8_CAPABILITY = (8, 9)
+"""Compute capability from which on tensor cores multiply FP8: Ada and Hopper."""
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -39,6 +44,9 @@ def make_objective(task: TrainTask, device: torch.device) -> Objective:
         init_weights(decoder, settings.seed)
     else:
         decoder.load_state_dict(_load(task.init_from, torch.float32, torch.device("cpu")).state_dict())
+    if settings.fp8:
+        _check_fp8(device)
+        to_fp8(decoder.model.layers)
     if settings.lora is not None:
         add_adapters(decoder, settings.lora, settings.seed)
     match settings.objective:
@@ -50,6 +58,13 @@ def make_objective(task: TrainTask, device: torch.device) -> Objective:
             return DistillObjective(decoder, distill, _load_frozen(task.teacher, task, device))
         case _:
             return NextTokenObjective(decoder)
+
+
+def _check_fp8(device: torch.device) -> None:
+    """Refuse a GPU without products in FP8."""
+    if device.type == "cuda" and (capability := torch.cuda.get_device_capability(device)) < FP8_CAPABILITY:
+        value = f"on a {torch.cuda.get_device_name(device)} of compute capability {capability[0]}.{capability[1]}"
+        raise ConfigError("fp8", value, "must be on 8.9 or later", "remove it")
 
 
 def _load_frozen(checkpoint: str, task: TrainTask, device: torch.device) -> Decoder:

@@ -65,7 +65,7 @@ def test_settings_take_and_refuse_what_the_table_does() -> None:
 def test_every_rule_is_the_first_to_refuse_something_and_names_a_setting() -> None:
     from ray_ds.config.parallel import RULES
 
-    more: list[dict[str, Any]] = [{"is_compiled": True}, {"objective": "dpo"}, {"has_adapters": True}]
+    more: list[dict[str, Any]] = [{"is_compiled": True}, {"is_fp8": True}, {"objective": "dpo"}, {"has_adapters": True}]
     found = {id(refusal(choice)) for choice in (*all_choices(), *(cell(axes=("sequence",), **one) for one in more))}
     settings = settings_of(cell(), lora=Lora(rank=2))
     for rule in RULES:

@@ -50,6 +50,7 @@ def test_only_what_changes_the_output_is_digested() -> None:
         "precision",
         "max_tokens",
         "baseline_tokens",
+        "tasks",
     }
 
 

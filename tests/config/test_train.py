@@ -35,6 +35,13 @@ def decode(**changes: Any) -> TrainSettings:
             "workers or larger batches.",
         ),
         ({"num_workers": [2, 1]}, "num_workers ([2, 1]) must be [min, max]; swap them."),
+        ({"fp8": True, "precision": "fp32"}, "fp8 (True) must be off with precision fp32; use bf16, or remove it."),
+        ({"num_workers": 0}, "num_workers (0) must be 1 or more, a number or [min, max]; raise it."),
+        ({"num_workers": [0, 2]}, "num_workers ([0, 2]) must be 1 or more, a number or [min, max]; raise it."),
+        (
+            {"num_workers": [1, 2], "allowed_workers": []},
+            "allowed_workers ([]) must name a number of workers; add one, or remove the setting.",
+        ),
         (
             {"num_workers": 2, "allowed_workers": [1, 2]},
             "allowed_workers ([1, 2]) has no effect with a fixed number of workers; remove it.",

@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from ray_ds.config.model import GQA_FIELDS, ModelConfig
+from ray_ds.config.model import EXPERT_FIELDS, GQA_FIELDS, ModelConfig
 from ray_ds.config.presets import PRESETS
 from ray_ds.errors import ArtifactError
 from ray_ds.model.checkpoint_folder import save_checkpoint_folder
@@ -24,7 +24,8 @@ GROUPED = dataclasses.replace(
     num_experts_per_tok=3,
     routed_scaling_factor=2.5,
 )
-DENSE = dataclasses.replace(PRESETS["tiny"], n_routed_experts=0, first_k_dense_replace=2)
+EXPERT_DEFAULTS = {f.name: f.default for f in dataclasses.fields(ModelConfig) if f.name in EXPERT_FIELDS}
+DENSE = dataclasses.replace(PRESETS["tiny"], **{**EXPERT_DEFAULTS, "n_routed_experts": 0, "first_k_dense_replace": 2})
 CASES = {
     "moe": GROUPED,
     "moe, compressed query": dataclasses.replace(GROUPED, q_lora_rank=24),
@@ -91,14 +92,14 @@ def test_names_on_disk_are_those_of_transformers(tmp_path):
     from safetensors.torch import load_file
 
     wanted = {name: tensor.shape for name, tensor in load_file(tmp_path / "model.safetensors").items()}
-    ours = {name: tensor.shape for name, tensor in to_hf_state_dict(Decoder(config).state_dict()).items()}
+    ours = {name: tensor.shape for name, tensor in to_hf_state_dict(Decoder(config).state_dict(), config).items()}
     assert ours == wanted
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_state_survives_the_names_of_the_disk_bitwise(name):
     state = random_decoder(CASES[name]).state_dict()
-    back = from_hf_state_dict(to_hf_state_dict(state))
+    back = from_hf_state_dict(to_hf_state_dict(state, CASES[name]), CASES[name])
     assert back.keys() == state.keys()
     assert all(torch.equal(back[key], state[key]) for key in state)
 
@@ -133,8 +134,14 @@ def test_vllm_finds_what_it_asks_for():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "llama"}, r"model_type \(llama\) must be 'deepseek_v3'; use a checkpoint"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 40}}, r"rope_type \(yarn\) must be 'default'"),
+        (
+            {"model_type": "mistral"},
+            r"model_type \(mistral\) must be one of deepseek_v2, deepseek_v3, llama, qwen2, qwen3; use",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "longrope", "factor": 40}},
+            r"rope_type \(longrope\) must be one of default",
+        ),
         ({"attention_bias": True}, r"attention_bias \(True\) must be False"),
         ({"hidden_size": None}, r"hidden_size \(missing\) must be given"),
     ],
@@ -158,9 +165,9 @@ def test_a_config_of_another_model_is_refused(change, message):
     ],
 )
 def test_an_incomplete_set_of_experts_is_refused(name, shape, message):
-    tensors = to_hf_state_dict(Decoder(PRESETS["tiny"]).state_dict())
+    tensors = to_hf_state_dict(Decoder(PRESETS["tiny"]).state_dict(), PRESETS["tiny"])
     del tensors[name]
     if shape is not None:
         tensors[name] = torch.zeros(shape)
     with pytest.raises(ArtifactError, match=message):
-        from_hf_state_dict(tensors)
+        from_hf_state_dict(tensors, PRESETS["tiny"])

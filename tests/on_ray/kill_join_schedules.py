@@ -7,7 +7,7 @@ loss and the order of the steps. A step that is done again must give the same lo
 import math
 import random
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +29,8 @@ MAX_NODES = 3
 STEP_S = 0.1
 CHECKPOINT_EVERY = 30
 DRAIN_S = 60
+PATIENCE_S = 180.0
+"""With what is waited for; a busy machine takes its time."""
 MAX_REPEATS_A_KILL = 2 * CHECKPOINT_EVERY
 """The checkpoint before last is the newest that counts when the kill strikes while the last is written, and with it
 the nodes that hold the snapshot die."""
@@ -136,18 +138,23 @@ def play(schedule: Schedule, cluster: Cluster, folder: Path, losses: list[float]
     settings = {**SETTINGS, "snapshot_every": "auto", "schedule": _schedule(STEPS), "steps": STEPS}
     run = Run(folder, loop=train_slowly, **settings, num_workers=[1, MAX_NODES])
     try:
-        run.wait_until(lambda run: _num_workers(run) == schedule.num_nodes)
+        _wait(run, lambda: _num_workers(run) == schedule.num_nodes)
         for event in schedule.events:
             time.sleep(event.wait_s)
             _happen(event, cluster, run)
-        wait_for(lambda: _num_workers(run) == len(_staying_nodes()) or not run.thread.is_alive(), timeout_s=120)
+        _wait(run, lambda: _num_workers(run) == len(_staying_nodes()))
         count = len(run.records)
-        wait_for(lambda: len(run.records) > count + 5 or not run.thread.is_alive())
+        _wait(run, lambda: len(run.records) > count + 5)
     finally:
         run.end()
     outcome = Outcome(schedule=schedule, seconds=round(time.monotonic() - started, 1))
     _compare(run, losses, outcome)
     return outcome
+
+
+def _wait(run: Run, holds: Callable[[], bool]) -> None:
+    """Wait until something holds, or the run has ended."""
+    wait_for(lambda: holds() or not run.thread.is_alive(), timeout_s=PATIENCE_S)
 
 
 def _num_workers(run: Run) -> int:
@@ -165,15 +172,15 @@ def _happen(event: Event, cluster: Cluster, run: Run) -> None:
     nodes = _staying_nodes()
     if event.kind == "join":
         add_node(cluster, wait=False)
-        wait_for(lambda: len(_staying_nodes()) == len(nodes) + 1)
+        _wait(run, lambda: len(_staying_nodes()) == len(nodes) + 1)
     elif event.kind == "kill":
         kill_node(cluster, nodes[-1])
-        wait_for(lambda: nodes[-1] not in worker_node_ids())
+        _wait(run, lambda: nodes[-1] not in worker_node_ids())
     else:
         drain_node(cluster, nodes[-1], DRAIN_S)
-        wait_for(lambda: _num_workers(run) < len(nodes) or not run.thread.is_alive())
+        _wait(run, lambda: _num_workers(run) < len(nodes))
         kill_node(cluster, nodes[-1])
-        wait_for(lambda: nodes[-1] not in worker_node_ids())
+        _wait(run, lambda: nodes[-1] not in worker_node_ids())
 
 
 def _compare(run: Run, losses: list[float], outcome: Outcome) -> None:

@@ -1,5 +1,7 @@
-"""Nodes die, join and drain by drawn schedules, and no loss tells. `make soak` plays fifty of them and keeps the results
-in `runs/soak/nodes.json`."""
+"""Nodes die, join and drain by drawn schedules, and no loss tells.
+
+`make soak` plays fifty of them and keeps the results in `runs/soak/nodes.json`.
+"""
 
 import json
 import os

@@ -18,10 +18,14 @@ class ByteTokenizer:
 
     bos_id = 0
     eos_id = 1
+    stop_ids = frozenset((0, 1))
     vocab_size = 3 + len(TEXT_TOKENS)
 
     def encode(self, text: str) -> list[int]:
         return [3 + byte for byte in text.encode()]
+
+    def encode_prompt(self, text: str) -> list[int]:
+        return [self.bos_id, *self.encode(text)]
 
     def token_bytes(self, token_id: int) -> bytes:
         return TEXT_TOKENS[token_id - 3] if token_id >= 3 else b""

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ import pytest
 import ray
 
 from ray_ds.artifacts import Checkpoint, StageRun, TokenShards, open_artifact
+from ray_ds.config.presets import PRESETS
 from ray_ds.errors import ArtifactError, ClusterError, ConfigError, InputError, UserError
+from ray_ds.plan.devices import Fleet, find_kind
 from ray_ds.stages import train as stage
 from ray_ds.tokenizer import train_bpe
 from ray_ds.train.checkpoints import find_latest
@@ -105,6 +108,18 @@ def refused(kind: type[UserError], folder: Path, **changes: Any) -> str:
 def test_more_workers_than_the_cluster_holds(tmp_path: Path) -> None:
     message = refused(ClusterError, tmp_path, num_workers=4)
     assert message.startswith("checkpoint.num_workers (4) must be at most 2, what the cluster's nodes hold at 1 CPU")
+
+
+@pytest.mark.ray
+@pytest.mark.shows("A training job that cannot fit its GPUs is refused before one is taken")
+def test_a_micro_batch_that_no_gpu_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fleet = Fleet(kind=replace(find_kind("h100"), memory_bytes=3 << 30), num_devices=2)
+    monkeypatch.setattr(stage, "known_gpu_fleet", lambda: fleet)
+    task = make_task(tmp_path, make_settings(precision="bf16"))
+    stage.check_memory(task, "pretrain")  # on CPUs nothing is refused
+    small = replace(task, device="cuda")
+    with pytest.raises(ConfigError, match=r"^pretrain\.model \(.* must fit the 3\.0 GiB of a h100"):
+        stage.check_memory(replace(small, config=PRESETS["llama_1b"]), "pretrain")
 
 
 @pytest.mark.ray

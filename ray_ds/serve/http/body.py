@@ -145,10 +145,10 @@ def _is_ids(prompt: Prompt) -> bool:
 
 
 def _tokenize(prompt: Any, service: CompletionService) -> tuple[int, ...]:
-    """Return a prompt's ids. A text starts with BOS, as every document did in training; ids are taken as they are."""
+    """Return a prompt's ids. A text starts with BOS where documents did in training; ids are taken as they are."""
     tokenizer = service.tokenizer
     if isinstance(prompt, str):
-        return (tokenizer.bos_id, *tokenizer.encode(prompt))
+        return tuple(tokenizer.encode_prompt(prompt))
     if not prompt:
         raise ApiError(400, "prompt must hold at least one token id", param="prompt")
     unknown = next((token for token in prompt if not 0 <= token < tokenizer.vocab_size), None)

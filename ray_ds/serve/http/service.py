@@ -13,6 +13,9 @@ class ServingTokenizer(TokenTable, Protocol):
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text, without special tokens."""
 
+    def encode_prompt(self, text: str) -> list[int]:
+        """Return the ids that the model is given for a text."""
+
 
 class ChatPrompts(Protocol):
     """What the routes ask of a chat template; `chat.encoding.ChatEncoder` is one."""

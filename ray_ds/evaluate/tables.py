@@ -1,0 +1,75 @@
+"""Scores and comparisons as rows of tables for people."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ray_ds.artifacts import EvalReport, open_artifact
+from ray_ds.errors import ConfigError
+from ray_ds.evaluate.comparison import Difference, compare_reports
+from ray_ds.logs import table_lines
+
+
+def scores_lines(uris: Sequence[str]) -> list[str]:
+    """Return what one EvalReport found, or how a second differs from a first on the same items.
+
+    Raises:
+        ConfigError: there are more than two.
+        ArtifactError: one is no finished report, or they cannot be compared.
+    """
+    if len(uris) > 2:
+        raise ConfigError("reports", f"{len(uris)} of them", "must be one or two", "name two to compare them")
+    reports = [open_artifact(uri.rstrip("/"), [EvalReport]) for uri in uris]
+    if len(reports) == 1:
+        return table_lines(report_rows(reports[0].manifest.facts))
+    named = [(name, report.uri) for name, report in zip(("first", "second"), reports, strict=True)]
+    return [*table_lines(named), "", *table_lines(difference_rows(compare_reports(*reports)))]
+
+
+def report_rows(facts: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Return the figures of an EvalReport's facts: a row a metric, the first with the columns' names."""
+    rows: list[tuple[str, ...]] = [("task", "metric", "score", "95 % interval", "items", "note")]
+    for name in ("perplexity", "bits_per_byte"):
+        rows.append(("validation", name, f"{facts[name]:.4g}", "-", f"{facts['tokens']:,} tokens", ""))
+    for task, found in facts.get("tasks", {}).items():
+        for metric, own in found["scores"].items():
+            interval = f"{_figure(own['low'], metric)} to {_figure(own['high'], metric)}"
+            notes = [own["how"], _count(found["shots"], "shot"), *_warnings(found)]
+            if metric == "accuracy":
+                notes.append(f"guessing {_figure(found['guessing_accuracy'], metric)}")
+            note = "; ".join(filter(None, notes))
+            rows.append((task, metric, _figure(own["score"], metric), interval, f"{found['items']:,}", note))
+    return rows
+
+
+def _warnings(found: Mapping[str, Any]) -> list[str]:
+    """Return what makes a task's scores less than they seem."""
+    cut, unfinished = _count(found["cut"], "prompt"), _count(found.get("unfinished", 0), "answer")
+    return [
+        *([f"{cut} cut on the left"] if cut else []),
+        *([f"{unfinished} broken off at max_new_tokens"] if unfinished else []),
+    ]
+
+
+def _count(number: int, name: str) -> str:
+    """Return `3 shots`, `1 shot`, or nothing for 0."""
+    return f"{number:,} {name}{'s' if number > 1 else ''}" if number else ""
+
+
+def difference_rows(differences: Sequence[Difference]) -> list[tuple[str, ...]]:
+    """Return a comparison: a row a metric, the first with the columns' names."""
+    rows: list[tuple[str, ...]] = [
+        ("task", "metric", "items", "first", "second", "second - first", "95 % interval", "p", "test")
+    ]
+    for own in differences:
+        first, second, change, low, high = (
+            _figure(value, own.metric) for value in (own.first, own.second, own.second - own.first, own.low, own.high)
+        )
+        interval = f"{low} to {high}"
+        p_value = f"{own.p_value:.2g}"
+        rows.append((own.task, own.metric, f"{own.items:,}", first, second, change, interval, p_value, own.test))
+    return rows
+
+
+def _figure(value: float, metric: str) -> str:
+    """Return a score; shares as percentages, BLEU as it is."""
+    return f"{value:.2f}" if metric == "bleu" else f"{value:.2%}"

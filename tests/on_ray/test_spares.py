@@ -1,0 +1,70 @@
+"""Warm processes that wait for the next group of workers."""
+
+import os
+import signal
+from collections.abc import Iterator
+
+import pytest
+import ray
+
+from ray_ds.on_ray.spares import Spares
+from tests.on_ray.two_nodes import wait_for
+
+pytestmark = pytest.mark.ray
+
+MODULES = ("wave", "chunk")
+
+
+@pytest.fixture(scope="module")
+def node_id() -> Iterator[str]:
+    """The one node of a cluster of this process."""
+    os.environ["RAY_AUTH_MODE"] = "disabled"
+    ray.init("local", num_cpus=1, object_store_memory=80_000_000, include_dashboard=False, log_to_driver=False)
+    yield ray.get_runtime_context().get_node_id()
+    ray.shutdown()
+
+
+def loaded_modules(actor: object) -> set[str]:
+    """Return which of the modules the process of a spare has imported."""
+
+    def look() -> list[str]:
+        import sys
+
+        return [name for name in ("wave", "chunk") if name in sys.modules]
+
+    return set(ray.get(actor.execute.remote(look)))  # type: ignore[attr-defined]
+
+
+def test_spares_hold_no_resources_and_have_imported_what_a_worker_needs(node_id: str) -> None:
+    spares = Spares({}, MODULES)
+    spares.keep({node_id: 2})
+    wait_for(lambda: spares.are_warm({node_id: 2}))
+    assert ray.available_resources()["CPU"] == 1
+    taken = [spares.take(node_id), spares.take(node_id)]
+    assert all(loaded_modules(actor) == set(MODULES) for actor, _ in filter(None, taken))
+    assert taken[0] is not None and taken[1] is not None and taken[0][1].node_id == node_id
+    assert spares.take(node_id) is None, "a spare that was taken is none any more"
+    for spare in filter(None, taken):
+        ray.kill(spare[0])
+
+
+def test_a_spare_that_died_is_passed_over_and_replaced(node_id: str) -> None:
+    spares = Spares({}, MODULES)
+    spares.keep({node_id: 2})
+    wait_for(lambda: spares.are_warm({node_id: 2}))
+    first, _ = spares._by_node[node_id][0]
+    os.kill(ray.get(first.execute.remote(os.getpid)), signal.SIGKILL)
+    found = spares.take(node_id)
+    assert found is not None and found[0] is not first
+    assert spares.take(node_id) is None
+    spares.keep({node_id: 1})
+    wait_for(lambda: spares.are_warm({node_id: 1}))
+    spares.keep({})
+    assert spares.take(node_id) is None, "spares on nodes where none are wanted are ended"
+    ray.kill(found[0])
+
+
+def test_without_modules_there_are_no_spares(node_id: str) -> None:
+    spares = Spares({}, ())
+    spares.keep({node_id: 1})
+    assert spares.are_warm({node_id: 1}) and spares.take(node_id) is None
