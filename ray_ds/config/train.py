@@ -2,6 +2,7 @@
 
 import dataclasses
 from dataclasses import field
+from operator import attrgetter
 from typing import Annotated, Literal
 
 import pydantic
@@ -11,6 +12,7 @@ from ray_ds.config.model import Kernels, ModelConfig
 from ray_ds.config.model_settings import ModelSettings
 from ray_ds.config.objective import Lora, NextToken, Objective
 from ray_ds.config.optimizer import AdamW, Optimizer, Schedule
+from ray_ds.config.parallel import AXES, Choice, Offload, Parallel, check_sizes, refusal
 from ray_ds.config.settings import OUTPUT_UNCHANGED, fill_or_refuse, settings
 from ray_ds.errors import ConfigError
 
@@ -56,6 +58,11 @@ class TrainSettings:
     (Hopper, Ada). Embedding, output projection, experts, router, norms and attention stay in bf16."""
     zero_stage: Literal[0, 1, 2, 3] = 1
     """What DeepSpeed partitions over workers: 1 optimizer state, 2 also gradients, 3 also weights."""
+    offload: Annotated[Offload, OUTPUT_UNCHANGED] = "none"
+    """What lies in host memory instead of the device's: `optimizer` = masters and running means, which AdamW updates
+    there, on the CPU; `all` = also the weights, fetched a layer at a time. Slower; for what does not fit otherwise."""
+    parallel: Annotated[Parallel, OUTPUT_UNCHANGED] = field(default_factory=Parallel)
+    """What a group of processes divides: `tensor`, `expert` or `sequence`; by default every process is its own."""
     optimizer: Optimizer = field(default_factory=lambda: AdamW(kind="adamw"))
     """`kind = "adamw"` or `"muon"`, with its rates."""
     schedule: Schedule = field(default_factory=Schedule)
@@ -156,7 +163,6 @@ class TrainSettings:
         self._check_profile()
         self._check_grid()
         self._check_muon()
-        self._check_fp16()
         self._check_fp8()
 
     def _fill_for_model(self, config: ModelConfig) -> None:
@@ -171,6 +177,29 @@ class TrainSettings:
         fill_or_refuse(self, "balance_weight", weight, unused=dense or other)
         unused = None if config.num_nextn_predict_layers else "has no effect while num_nextn_predict_layers is 0"
         fill_or_refuse(self, "prediction_weight", PREDICTION_WEIGHT, unused=unused or other)
+        self._check_parallel(config)
+
+    def _check_parallel(self, config: ModelConfig) -> None:
+        """Refuse what does not go together, by the table of `config.parallel`."""
+        choice = Choice(
+            axes=tuple(axis for axis in AXES if getattr(self.parallel, axis) > 1),
+            zero_stage=self.zero_stage,
+            offload=self.offload,
+            precision=self.precision,
+            optimizer=self.optimizer.kind,
+            attention=config.attention,
+            has_experts=config.num_moe_layers > 0,
+            objective=self.objective.kind,
+            has_adapters=self.lora is not None,
+            is_fp8=self.fp8,
+            is_compiled=self.compile,
+        )
+        rule = refusal(choice)
+        if rule is not None:
+            value = attrgetter(rule.field)(self)
+            shown = list(choice.axes) if isinstance(value, Parallel) else value
+            raise ConfigError(rule.field, shown, rule.allowed, rule.action)
+        check_sizes(self.parallel, config, self.seq_len)
 
     def new_model(self, vocab_size: int) -> ModelConfig:
         """Return the model that is made anew, for rows of `seq_len`; for settings whose step starts from none."""
@@ -230,8 +259,10 @@ class TrainSettings:
         if self.batch_tokens % unit:
             allowed = f"must be a multiple of micro_batch * seq_len ({self.micro_batch} * {self.seq_len} = {unit})"
             raise ConfigError("batch_tokens", self.batch_tokens, allowed, f"try {_round_up(self.batch_tokens, unit)}")
-        if self.max_workers > self.num_micro_batches:
-            allowed = f"must be at most {self.num_micro_batches}, the micro-batches of a step (batch_tokens / {unit})"
+        most = self.num_micro_batches * self.parallel.rows_shared_by
+        if self.max_workers > most:
+            together = f" times {self.parallel.rows_shared_by}" if self.parallel.rows_shared_by > 1 else ""
+            allowed = f"must be at most {most}, the micro-batches of a step (batch_tokens / {unit}){together}"
             raise ConfigError("num_workers", self.num_workers, allowed, "ask for fewer workers or larger batches")
 
     def _check_workers(self) -> None:
@@ -242,6 +273,7 @@ class TrainSettings:
             raise ConfigError("num_workers", given, allowed, "raise it")
         if self.min_workers > self.max_workers:
             raise ConfigError("num_workers", given, "must be [min, max]", "swap them")
+        self._check_groups()
         if self.allowed_workers is None:
             return
         if not self.allowed_workers:
@@ -252,6 +284,18 @@ class TrainSettings:
         if any(not self.min_workers <= size <= self.max_workers for size in self.allowed_workers):
             allowed = f"must lie within num_workers, {self.min_workers} to {self.max_workers}"
             raise ConfigError("allowed_workers", list(self.allowed_workers), allowed, "correct one of them")
+
+    def _check_groups(self) -> None:
+        """Want numbers of workers that are whole groups, and a policy that keeps to them."""
+        size = self.parallel.group_size
+        for name, sizes in (("num_workers", self.worker_range), ("allowed_workers", self.allowed_workers or ())):
+            if any(number % size for number in sizes):
+                value = getattr(self, name)
+                allowed = f"must be whole groups of {size}, the product of parallel"
+                raise ConfigError(name, list(value) if isinstance(value, tuple) else value, allowed, "correct it")
+        if size > 1 and self.scaling == "stock":
+            allowed = "must be graceful in groups: Ray Train's own policy knows no whole groups"
+            raise ConfigError("scaling", "stock", allowed, "remove it")
 
     def _check_muon(self) -> None:
         """Refuse clipping where DeepSpeed would clip Muon's update instead of the gradient.
@@ -265,16 +309,6 @@ class TrainSettings:
             allowed = "must be 0 with Muon in ZeRO 1-3, where DeepSpeed clips the orthogonalized update"
             action = "set it to 0 (Muon's update does not grow with the gradient), or set zero_stage to 0"
             raise ConfigError("gradient_clipping", self.gradient_clipping, allowed, action)
-
-    def _check_fp16(self) -> None:
-        """Refuse fp16 where its loss would not be scaled.
-
-        Source: DeepSpeed 0.19.8, engine.py `backward` scales for a `ZeROOptimizer` only, while stage 0's
-        `FP16_UnfusedOptimizer.step` divides the gradient by the scale all the same.
-        """
-        if self.precision == "fp16" and self.zero_stage == 0:
-            allowed = "must be 1, 2 or 3 with fp16: DeepSpeed does not scale the loss in ZeRO 0"
-            raise ConfigError("zero_stage", self.zero_stage, allowed, "use 1, or precision bf16")
 
     def _check_fp8(self) -> None:
         """Refuse FP8 beside what it is not made for."""
@@ -297,6 +331,13 @@ class TrainSettings:
     def max_workers(self) -> int:
         """The most workers that train."""
         return self.worker_range[1]
+
+    @property
+    def worker_sizes(self) -> tuple[int, ...] | None:
+        """Numbers of processes that may train: whole groups; None = all from the least to the most."""
+        if self.allowed_workers is not None or self.parallel.group_size == 1:
+            return self.allowed_workers
+        return tuple(range(self.min_workers, self.max_workers + 1, self.parallel.group_size))
 
     @property
     def is_elastic(self) -> bool:

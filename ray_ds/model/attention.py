@@ -15,6 +15,9 @@ from ray_ds.model.kernels import is_fast
 Mask = Tensor | BlockMask | None
 """What a query may look at: (B, 1, T, S), True where it may; the same for FlexAttention; None = all up to itself."""
 
+Attend = Callable[[Tensor, Tensor, Tensor, float, Mask, Kernels], Tensor]
+"""What `attend` is, or does it together with other processes."""
+
 MAX_PLAIN_TOKENS = 512
 """Row length up to which three plain steps beat the fused kernel on a CPU: 2 x faster with 256 tokens, forward and
 backward, equal at 1,024; above, the T x T scores would also take too much memory."""

@@ -1,5 +1,7 @@
 """DeepSeekMoE (arXiv 2401.06066): routed experts for some tokens beside shared experts for all."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -34,10 +36,14 @@ class _Permute(torch.autograd.Function):
         return copies.sum(dim=1), None, None, None
 
 
-def _permute(x: Tensor, order: Tensor, inverse: Tensor, copies: int) -> Tensor:
+def permute(x: Tensor, order: Tensor, inverse: Tensor, copies: int) -> Tensor:
     """Return what `_Permute` does."""
     rows: Tensor = _Permute.apply(x, order, inverse, copies)  # type: ignore[no-untyped-call]
     return rows
+
+
+Elsewhere = Callable[[Callable[[Tensor, Tensor], Tensor], Tensor, Tensor], Tensor]
+"""What has rows computed where their experts are, given how they are computed here, the rows and their ends."""
 
 
 class Experts(nn.Module):
@@ -46,6 +52,8 @@ class Experts(nn.Module):
     def __init__(self, config: ModelConfig, kernels: Kernels = "auto") -> None:
         super().__init__()
         self.kernels = kernels
+        self.num_experts = config.n_routed_experts
+        self.elsewhere: Elsewhere | None = None
         num_experts, width, inner = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
         self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * inner, width))
         self.down_proj = nn.Parameter(torch.empty(num_experts, width, inner))
@@ -61,14 +69,14 @@ class Experts(nn.Module):
         num_tokens, num_experts_per_tok = chosen.shape
         by_expert, order = chosen.flatten().sort(stable=True)  # (N * K,) each
         inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-        numbers = torch.arange(len(self.down_proj), device=chosen.device)
+        numbers = torch.arange(self.num_experts, device=chosen.device)
         ends = torch.searchsorted(by_expert, numbers, right=True)  # (E,): where each expert's rows end
-        rows = _permute(x, order, inverse, num_experts_per_tok)  # (N * K, D)
+        rows = permute(x, order, inverse, num_experts_per_tok)  # (N * K, D)
         # The grouped product takes other types than bf16 too, but waits for the device then.
         has_kernel = self.kernels == "fast" or rows.dtype == torch.bfloat16
         run = self._run_grouped if has_kernel and is_fast(self.kernels, rows) else self._run
-        rows = run(rows, ends)  # (N * K, D)
-        parts = _permute(rows, inverse, order, 1).view(num_tokens, num_experts_per_tok, -1)  # (N, K, D)
+        rows = run(rows, ends) if self.elsewhere is None else self.elsewhere(run, rows, ends)  # (N * K, D)
+        parts = permute(rows, inverse, order, 1).view(num_tokens, num_experts_per_tok, -1)  # (N, K, D)
         weighted: Tensor = parts * weights[..., None]
         return weighted.sum(dim=1).to(x.dtype)  # (N, D)
 
@@ -78,7 +86,7 @@ class Experts(nn.Module):
         outs = []
         parts = torch.split(rows, sizes)
         for part, w_in, w_out in zip(parts, self.gate_up_proj.unbind(), self.down_proj.unbind(), strict=True):
-            if len(part):
+            if len(part) or not len(rows):  # without any row, the weights still get a gradient
                 gate, up = F.linear(part, w_in).chunk(2, dim=-1)
                 outs.append(F.linear(F.silu(gate) * up, w_out))
         return torch.cat(outs)
@@ -96,6 +104,7 @@ class MoE(nn.Module):
     def __init__(self, config: ModelConfig, kernels: Kernels = "auto", *, measures_balance: bool = False) -> None:
         super().__init__()
         self.measures_balance = measures_balance
+        self.balance_of: Callable[[Tensor, Tensor], Tensor] = sequence_balance
         self.gate = Gate(config)
         self.experts = Experts(config, kernels)
         shared_size = config.n_shared_experts * config.moe_intermediate_size
@@ -117,4 +126,4 @@ class MoE(nn.Module):
         """Return each row's `sequence_balance`; V3 counts what the scores alone would pick, V2 what was chosen."""
         has_bias = self.gate.e_score_correction_bias is not None
         picked = scores.topk(chosen.shape[1], dim=-1, sorted=False).indices if has_bias else chosen  # (B * T, K)
-        return sequence_balance(*(torch.unflatten(tensor, 0, (rows, -1)) for tensor in (scores, picked)))
+        return self.balance_of(*(torch.unflatten(tensor, 0, (rows, -1)) for tensor in (scores, picked)))

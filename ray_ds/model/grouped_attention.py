@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from ray_ds.config.model import Kernels, ModelConfig
-from ray_ds.model.attention import Mask, attend
+from ray_ds.model.attention import Attend, Mask, attend
 from ray_ds.model.caches import CacheRows
 from ray_ds.model.layers import RMSNorm
 from ray_ds.model.rotary import Rotary, rotate_halves, score_scale
@@ -17,6 +17,7 @@ class GroupedAttention(nn.Module):
         super().__init__()
         self.layer = layer
         self.kernels = kernels
+        self.attend: Attend = attend
         self.head_dim = config.head_dim
         self.scale = score_scale(config)
         query_dim, key_dim = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
@@ -46,7 +47,7 @@ class GroupedAttention(nn.Module):
             held = cache.update(self.layer, torch.cat((k, v), dim=-2).flatten(-2))  # (B, S, 2 * G * head_dim)
             k, v = self._heads(held).chunk(2, dim=-2)  # (B, S, G, head_dim) each
         q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))  # (B, H, T, head_dim), (B, G, S, head_dim)
-        out = attend(q, k, v, self.scale, mask, self.kernels)  # (B, H, T, head_dim)
+        out = self.attend(q, k, v, self.scale, mask, self.kernels)  # (B, H, T, head_dim)
         projected: Tensor = self.o_proj(out.transpose(1, 2).flatten(-2))  # (B, T, D)
         return projected
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from ray_ds.config.model import Kernels, ModelConfig
-from ray_ds.model.attention import Mask, attend
+from ray_ds.model.attention import Attend, Mask, attend
 from ray_ds.model.caches import CacheRows
 from ray_ds.model.layers import RMSNorm
 from ray_ds.model.rotary import Rotary, rotate, score_scale
@@ -20,6 +20,7 @@ class LatentAttention(nn.Module):
         super().__init__()
         self.layer = layer
         self.kernels = kernels
+        self.attend: Attend = attend
         self.kv_lora_rank = config.kv_lora_rank
         self.qk_nope_head_dim = config.qk_nope_head_dim
         self.qk_rope_head_dim = config.qk_rope_head_dim
@@ -88,7 +89,7 @@ class LatentAttention(nn.Module):
         k_rope = k_rope[:, :, None].expand(-1, -1, self.num_heads, -1)  # (B, S, H, qk_rope_head_dim)
         q = torch.cat((q_nope, q_rope), dim=-1).transpose(1, 2)  # (B, H, T, qk_head_dim)
         k = torch.cat((k_nope, k_rope), dim=-1).transpose(1, 2)  # (B, H, S, qk_head_dim)
-        out = attend(q, k, v.transpose(1, 2), self.scale, mask, self.kernels)  # (B, H, T, v_head_dim)
+        out = self.attend(q, k, v.transpose(1, 2), self.scale, mask, self.kernels)  # (B, H, T, v_head_dim)
         return out.transpose(1, 2)  # (B, T, H, v_head_dim)
 
     def _attend_absorbed(self, q_nope: Tensor, q_rope: Tensor, latents: Tensor, mask: Mask) -> Tensor:

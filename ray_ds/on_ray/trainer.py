@@ -200,9 +200,7 @@ def _plan(task: TrainTask, loop: TrainLoop | None) -> Plan:
     settings = task.settings
     modules = ["ray_ds.on_ray.trainer", "ray.train.torch", *(["ray_ds.train.loop"] if loop is None else [])]
     return Plan(
-        sizes=Sizes(
-            min_workers=settings.min_workers, max_workers=settings.max_workers, allowed=settings.allowed_workers
-        ),
+        sizes=Sizes(min_workers=settings.min_workers, max_workers=settings.max_workers, allowed=settings.worker_sizes),
         grow_pause_s=settings.grow_pause_s or 0.0,
         pause_timeout_s=max(settings.hang_timeout_s, MIN_PAUSE_TIMEOUT_S),
         max_failures=settings.max_failures,

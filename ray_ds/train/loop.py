@@ -85,7 +85,7 @@ class TrainLoop:
         self.engine = Engine(self.objective, settings, device=host.device, world_size=host.world_size)
         split = open_split(task.shards, "train", settings.shard_cache_bytes)
         rows = open_rows(split, task.rows, settings.seq_len)
-        self.batches = Batches(rows, settings, rank=host.rank, world_size=host.world_size, device=host.device)
+        self.batches = Batches(rows, settings, **self._reader(), device=host.device)
         self.safekeeping = Safekeeping(task, self.engine, host)
         self.profiler = StepProfiler(
             settings.profile_steps, folder=storage.join(task.output, PROFILE), rank=host.rank, device=host.device
@@ -101,6 +101,10 @@ class TrainLoop:
         self._terms = 1
         self.metrics = MetricsLog([], None)
         self.trackers: Trackers | None = None
+
+    def _reader(self) -> dict[str, int]:
+        """Return this process's place among those that train on different rows: a group that divides them is one."""
+        return {"rank": self.engine.mesh.reader, "world_size": self.engine.mesh.num_readers}
 
     def resume(self) -> None:
         """Go on from the newest safe state, if there is one."""
@@ -285,11 +289,10 @@ class TrainLoop:
     def validation_loss(self) -> float:
         """Return the loss on rows of the validation split, a mean over targets or pairs."""
         sums = torch.zeros(2, dtype=torch.float64, device=self.host.device)
-        world = {"rank": self.host.rank, "world_size": self.host.world_size}
-        for batch in validation_batches(self.validation, self.settings, device=self.host.device, **world):
+        for batch in validation_batches(self.validation, self.settings, device=self.host.device, **self._reader()):
             self.host.beat("validation")
             sums[0] += self.engine.loss(self._masked(batch))
-            sums[1] += batch.terms
+            sums[1] += batch.terms / self.engine.mesh.rows_shared_by
         dist.all_reduce(sums)
         return float(sums[0] / sums[1])
 

@@ -7,12 +7,16 @@ from dataclasses import dataclass
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.utils import groups
 from pydantic import JsonValue
 from torch import Tensor
 
 from ray_ds.config.train import TrainSettings
 from ray_ds.model.balance import uncounted
 from ray_ds.train.objective import MicroBatch, Objective
+from ray_ds.train.parallel.cuts import joined
+from ray_ds.train.parallel.divide import divide
+from ray_ds.train.parallel.mesh import make_mesh
 from ray_ds.train.state import EngineState, StateReader
 from ray_ds.train.zero.build import use_built_op
 from ray_ds.train.zero.config import deepspeed_config
@@ -47,26 +51,29 @@ class Engine:
         assert found == device.type, f"DeepSpeed took {found}: set DS_ACCELERATOR={device.type} before it is imported"
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # it logs a page about every step of its set-up
         use_built_op()
+        self.mesh = make_mesh(settings.parallel, rank=torch.distributed.get_rank(), world_size=world_size)
+        self._cuts = divide(objective.decoder, self.mesh)
         self.decoder = decoder = objective.decoder.to(device)
         trained = [(name, parameter) for name, parameter in decoder.named_parameters() if parameter.requires_grad]
         optimizer = make_optimizer(trained, settings.optimizer, is_cuda=device.type == "cuda")
         self._peak_rates = [float(group["lr"]) for group in optimizer.param_groups]
         with contextlib.redirect_stdout(None):  # it prints that it built the op when it only loads it
             deepspeed.init_distributed(dist_init_required=False)
+            mpu = groups.mpu = self.mesh if self._cuts else None  # DeepSpeed keeps the last engine's otherwise
             self._engine, *_ = deepspeed.initialize(
                 model=objective,
                 optimizer=optimizer,
-                config=deepspeed_config(settings, world_size),
+                config=deepspeed_config(settings, world_size, is_cuda=device.type == "cuda"),
+                mpu=mpu,
                 dist_init_required=False,
             )
-        self._world_size = world_size
         self._zero_stage = settings.zero_stage
         self._is_fp16 = settings.precision == "fp16"
         self._has_plain_fp32_optimizer = settings.zero_stage == 0 and settings.precision == "fp32"
         self._is_micro_batch_open = False
         for name, buffer in decoder.named_buffers():
             assert buffer.dtype in (torch.float32, torch.int64), f"DeepSpeed made {name} {buffer.dtype}"
-        self._state = LogicalState(decoder, self._engine)
+        self._state = LogicalState(decoder, self._engine, self._cuts)
         if settings.compile:
             self._engine.compile()
 
@@ -75,6 +82,7 @@ class Engine:
 
         All processes call this together, ceil(M / W) times a step of M micro-batches. The tokens of one that is padding
         do not count in the experts' load: it adds exactly nothing to the gradient and only fills up an uneven share.
+        Where a group has the same rows, the sums are this process's share of them.
 
         Args:
             terms: what the step's loss is divided by, over all its micro-batches.
@@ -85,9 +93,9 @@ class Engine:
             sums: Tensor = self._engine(batch.tokens, batch.targets, batch.segments)
         # DeepSpeed averages gradients over processes; with this factor the result is the gradient of the step's mean
         # loss, whatever the number of processes and micro-batches.
-        self._engine.backward(sums[0] * (self._world_size / terms), scale_wrt_gas=False)
+        self._engine.backward(sums[0] * (self.mesh.num_copies / terms), scale_wrt_gas=False)
         self._is_micro_batch_open = True
-        return sums.detach()
+        return self._share(sums.detach())
 
     def step(self, lr_factor: float) -> StepResult:
         """Update the weights from the gradients of the step's micro-batches, at `lr_factor` times the peak rates."""
@@ -123,15 +131,28 @@ class Engine:
 
     def _plain_grad_norm(self) -> Tensor:
         """Return the norm of the averaged gradients, which torch's optimizer without ZeRO does not keep."""
-        return torch.nn.utils.get_total_norm([p.grad for p in self.decoder.parameters() if p.grad is not None])
+        found = {name: p.grad for name, p in self.decoder.named_parameters() if p.grad is not None}
+        norm = torch.nn.utils.get_total_norm([grad for name, grad in found.items() if name not in self._cuts])
+        if not self._cuts:
+            return norm
+        of_cuts = torch.nn.utils.get_total_norm([grad for name, grad in found.items() if name in self._cuts]).square()
+        torch.distributed.all_reduce(of_cuts, group=self.mesh.group)
+        return (norm.square() + of_cuts).sqrt()
 
     @torch.no_grad()
     def loss(self, batch: MicroBatch) -> Tensor:
-        """Return the summed loss of rows that are not trained on, a scalar; all processes call this together."""
+        """Return the summed loss of rows that are not trained on, a scalar; all processes call this together.
+
+        Where a group has the same rows, it is this process's share of it.
+        """
         self._engine.eval()
         sums: Tensor = self._engine(batch.tokens, batch.targets, batch.segments)
         self._engine.train()
-        return sums[0]
+        return self._share(sums[0])
+
+    def _share(self, sums: Tensor) -> Tensor:
+        """Return this process's part of sums that its whole group has computed, or its own."""
+        return sums / self.mesh.size if self.mesh.axis == "tensor" else sums
 
     def state(self) -> EngineState:
         """Return views of what this process holds of the state between two steps."""
@@ -163,12 +184,16 @@ class Engine:
 
         All processes call this together: ZeRO-3 gathers one parameter after the other.
         """
+        self._state.settle()
         is_first = torch.distributed.get_rank() == 0
         state: dict[str, Tensor] = {}
         for name, parameter in self.decoder.named_parameters(remove_duplicate=False):
             with deepspeed.zero.GatheredParameters([parameter], enabled=self._zero_stage == 3):
+                value = parameter.detach()
+                if name in self._cuts:
+                    value = joined(value, self._cuts[name], self.mesh)
                 if is_first:
-                    state[name] = parameter.detach().cpu().clone()
+                    state[name] = value.cpu().clone()
         persistent = self.decoder.state_dict().keys()
         if is_first:
             buffers = self.decoder.named_buffers()

@@ -61,5 +61,8 @@ class Stage(Protocol):
     def refresh(self) -> None:
         """Round the masters to the weights trained in, on all processes."""
 
+    def settle(self) -> None:
+        """End what is under way of fetching weights ahead of their use."""
+
     def drop_gradients(self) -> None:
         """Forget the gradients gathered since the last step, as after an overflow of fp16."""

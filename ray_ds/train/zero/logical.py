@@ -6,12 +6,15 @@ one's weight decay and all sub-groups one `step` tensor, knows no Muon and no ch
 anew for each tensor, and the weights trained in are refreshed from the masters on all processes.
 """
 
-from collections.abc import Iterator, MutableMapping, Sequence
+import dataclasses
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ray_ds.train.parallel.cuts import Cut
 from ray_ds.train.state import Kind, Piece, StateReader
 from ray_ds.train.zero.layout import Layout, Run, Trained
 from ray_ds.train.zero.partitions import MOMENTUM_KEY, stage_of
@@ -22,11 +25,17 @@ ADAM_KINDS: tuple[Kind, Kind] = ("exp_avg", "exp_avg_sq")
 class LogicalState:
     """The state of a DeepSpeed engine as this process holds it."""
 
-    def __init__(self, decoder: nn.Module, engine: Any) -> None:
-        """Look at a `DeepSpeedEngine` that was just made, with ZeRO 0 to 3 and nothing offloaded."""
+    def __init__(self, decoder: nn.Module, engine: Any, cuts: Mapping[str, Cut]) -> None:
+        """Look at a `DeepSpeedEngine` that was just made, with ZeRO 0 to 3.
+
+        Args:
+            cuts: of the parameters that this process has a part of, by name; where there are any, one process of a
+                group lists the others.
+        """
         names = {parameter: name for name, parameter in decoder.named_parameters()}
         self._stage = stage_of(engine, names)
-        self._trained = self._stage.trained()
+        lists_uncut = all(cut.place == 0 for cut in cuts.values())
+        self._trained = [_of_wholes(trained, cuts, lists_uncut) for trained in self._stage.trained()]
         self._states: MutableMapping[Tensor, dict[str, Tensor]] = engine.basic_optimizer.state
         # torch's fused AdamW wants its step counts on the device, the plain one on the CPU.
         self._is_fused = any(group.get("fused") for group in engine.basic_optimizer.param_groups)
@@ -103,6 +112,10 @@ class LogicalState:
             state[MOMENTUM_KEY] = made
         _fill("momentum", layout.held, state[MOMENTUM_KEY], reader)
 
+    def settle(self) -> None:
+        """Make it possible to look at any weight; all processes call this together."""
+        self._stage.settle()
+
     def drop_gradients(self) -> None:
         """Forget the gradients gathered since the last step; all processes call this together."""
         self._stage.drop_gradients()
@@ -114,5 +127,32 @@ def _cut(kind: Kind, runs: Sequence[Run], flat: Tensor) -> Iterator[Piece]:
 
 
 def _fill(kind: Kind, runs: Sequence[Run], flat: Tensor, reader: StateReader) -> None:
-    for run in runs:
-        run.within(flat).copy_(reader.read(run.name, kind, run.start, run.stop))
+    for name, of_one in groupby(runs, lambda run: run.name):
+        parts = list(of_one)  # a cut parameter's may be many, so what lies between them is read too
+        first = parts[0].start
+        read = reader.read(name, kind, first, parts[-1].stop)
+        for run in parts:
+            run.within(flat).copy_(read[run.start - first : run.stop - first])
+
+
+def _of_wholes(trained: Trained, cuts: Mapping[str, Cut], lists_uncut: bool) -> Trained:
+    """Return what is trained, its runs being of whole parameters instead of this process's parts of them."""
+    if not cuts:
+        return trained
+    assert trained.momentum is None, "settings refuse Muon here"
+    layout = trained.layout
+    owned = [part for run in layout.owned for part in _whole_runs(run, cuts, lists_uncut=lists_uncut)]
+    held = [part for run in layout.held for part in _whole_runs(run, cuts, lists_uncut=True)]
+    return dataclasses.replace(trained, layout=dataclasses.replace(layout, owned=owned, held=held))
+
+
+def _whole_runs(run: Run, cuts: Mapping[str, Cut], *, lists_uncut: bool) -> list[Run]:
+    """Return a run of a part as runs of the whole, none where the parameter is whole and another process lists it."""
+    cut = cuts.get(run.name)
+    if cut is None:
+        return [run] if lists_uncut else []
+    found, offset, shape = [], run.offset, cut.whole_shape(run.shape)
+    for start, length in cut.runs(run.shape, run.start, run.stop):
+        found.append(Run(name=run.name, shape=shape, start=start, stop=start + length, offset=offset))
+        offset += length
+    return found

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
-from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID, DeepSpeedZeroOptimizer
 from torch import Tensor, nn
 
 from ray_ds.train.zero.layout import Layout, Run, Stage, Trained
@@ -27,13 +27,13 @@ def stage_of(engine: Any, names: Names) -> Stage:
         return _Zero3(optimizer, names)
     if isinstance(optimizer, DeepSpeedZeroOptimizer):
         return _Zero12(optimizer, names)
-    return _Replicated(optimizer, names)
+    return _Replicated(optimizer, names, engine.data_parallel_group)
 
 
 class _Replicated:
     """ZeRO 0: every process has everything, and lists its even share of each tensor."""
 
-    def __init__(self, optimizer: Any, names: Names) -> None:
+    def __init__(self, optimizer: Any, names: Names, group: Any) -> None:
         """Undo the step that DeepSpeed makes at its start in bf16, to see the optimizer's states.
 
         It decays the masters at the peak rate and AdamW counts it, unlike in the other stages.
@@ -48,6 +48,7 @@ class _Replicated:
         self._masters: list[list[Tensor]] = [group["params"] for group in groups]
         self._weights: list[list[Any]] = optimizer.fp16_groups if is_rounded else self._masters
         self._names = names
+        self._place, self._size = torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
 
     def trained(self) -> list[Trained]:
         found = []
@@ -60,9 +61,8 @@ class _Replicated:
         return found
 
     def _layout(self, name: str, master: Tensor) -> Layout:
-        rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
         shape, numel = master.shape, master.numel()
-        start, stop = numel * rank // world_size, numel * (rank + 1) // world_size
+        start, stop = numel * self._place // self._size, numel * (self._place + 1) // self._size
         whole = Run(name=name, shape=tuple(shape), start=0, stop=numel, offset=0)
         share = Run(name=name, shape=tuple(shape), start=start, stop=stop, offset=start)
         return Layout(owned=[share] if start < stop else [], held=[whole], shape=shape)
@@ -74,6 +74,9 @@ class _Replicated:
         for masters, weights in zip(self._masters, self._weights, strict=True):
             for master, weight in zip(masters, weights, strict=True):
                 weight.data.copy_(master.data)
+
+    def settle(self) -> None:
+        pass
 
     def drop_gradients(self) -> None:
         for weights in self._weights:
@@ -134,10 +137,17 @@ class _Zero12:
     def refresh(self) -> None:
         self._optimizer.update_lp_params()
 
+    def settle(self) -> None:
+        pass
+
     def drop_gradients(self) -> None:
         optimizer = self._optimizer
         optimizer.zero_grad(set_to_none=True)
         optimizer._release_preflattened_grad_buffers()
+        if optimizer.cpu_offload:
+            optimizer.micro_step_id = INITIAL_MICRO_STEP_ID  # the next gradient replaces what is in host memory
+            optimizer.reset_cpu_buffers()
+            optimizer._offload_accumulated_param_ids = set()
         for group in range(len(optimizer.bit16_groups)):
             optimizer.averaged_gradients[group] = None
             optimizer.all_grad_tensors[group] = None
@@ -187,6 +197,14 @@ class _Zero3:
         small = self._optimizer.persistent_parameters
         if small:
             small[0].all_gather(small)
+
+    def settle(self) -> None:
+        """Release everything but the small parameters.
+
+        A pass that leaves out layers (a look at the loss runs no multi-token prediction) leaves them in flight.
+        """
+        self._optimizer._partition_all_parameters()
+        self._gather_small_parameters()
 
     def drop_gradients(self) -> None:
         optimizer = self._optimizer

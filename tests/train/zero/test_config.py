@@ -52,6 +52,26 @@ def test_fp32_in_zero_0_names_neither_type_nor_partition() -> None:
     assert not {"bf16", "fp16", "optimizer", "scheduler"} & set(config)
 
 
+def test_groups_have_rows_or_weights_in_common() -> None:
+    dense = {"preset": "tiny", "n_routed_experts": 0}
+    tensor = deepspeed_config(make_settings(num_workers=4, model=dense, parallel={"tensor": 2}), 4)
+    assert (tensor["gradient_accumulation_steps"], tensor["train_batch_size"]) == (2, 4 * 2 * 2)
+    expert = deepspeed_config(make_settings(num_workers=4, parallel={"expert": 2}), 4)
+    assert (expert["gradient_accumulation_steps"], expert["train_batch_size"]) == (1, 4 * 1 * 2)
+    sequence = deepspeed_config(make_settings(num_workers=4, parallel={"sequence": 2}), 4)
+    assert (sequence["gradient_accumulation_steps"], sequence["train_batch_size"]) == (2, 4 * 2 * 4)
+
+
+def test_offloading_goes_to_pinned_memory_with_torchs_adamw() -> None:
+    config = deepspeed_config(make_settings(zero_stage=3, offload="all"), 1, is_cuda=True)
+    place = {"device": "cpu", "pin_memory": True}
+    assert config["zero_optimization"]["offload_optimizer"] == config["zero_optimization"]["offload_param"] == place
+    assert config["zero_force_ds_cpu_optimizer"] is False
+    optimizer = deepspeed_config(make_settings(offload="optimizer"), 1)["zero_optimization"]
+    assert optimizer["offload_optimizer"] == {"device": "cpu", "pin_memory": False}
+    assert "offload_param" not in optimizer
+
+
 def test_deepspeed_accepts_every_kind_of_configuration() -> None:
     from deepspeed.runtime.config import DeepSpeedConfig
 

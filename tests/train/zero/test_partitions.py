@@ -24,7 +24,7 @@ NAMES = {
         *("single_partition_of_fp32_groups", "partition_size", "real_dp_process_group", "bit16_groups"),
         *("round_robin_bit16_groups", "round_robin_bit16_offsets", "averaged_gradients", "all_grad_tensors"),
         *("gradient_accumulation_dtype", "use_grad_accum_attribute", "dtype", "optimizer", "update_lp_params"),
-        *("zero_grad", "_release_preflattened_grad_buffers"),
+        *("zero_grad", "_release_preflattened_grad_buffers", "cpu_offload", "micro_step_id", "reset_cpu_buffers"),
     ),
     3: (
         *("fp32_partitioned_groups_flat", "fp16_groups", "use_muon", "communication_data_type"),
@@ -34,7 +34,7 @@ NAMES = {
 }
 """What is used of each stage's optimizer."""
 NAMES[2] = NAMES[1]
-ENGINE_NAMES = ("optimizer", "basic_optimizer", "micro_steps", "gradient_accumulation_steps")
+ENGINE_NAMES = ("optimizer", "basic_optimizer", "micro_steps", "gradient_accumulation_steps", "data_parallel_group")
 
 
 def blame(name: str) -> str:
@@ -158,8 +158,8 @@ def move(
     }
 
 
-def with_sub_groups(plain: Any, size: int, settings: TrainSettings, world_size: int) -> dict[str, Any]:
-    config: dict[str, Any] = plain(settings, world_size)
+def with_sub_groups(plain: Any, size: int, settings: TrainSettings, world_size: int, **where: Any) -> dict[str, Any]:
+    config: dict[str, Any] = plain(settings, world_size, **where)
     config["zero_optimization"]["sub_group_size"] = size
     return config
 
