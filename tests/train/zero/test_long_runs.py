@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 STAGES = (0, 1, 2, 3)
 WORLD_SIZES = (1, 2, 3)
 DENSE_STEPS, EXPERT_STEPS = 50, 200
-CONTROLS = tuple(f"permuted-{number}" for number in range(4))
+CONTROLS = tuple(f"permuted-{number}" for number in range(7))
 """One worker in ZeRO 1, which takes each step's micro-batches in another order; the first leaves them as they are."""
 EXPERT_RUNS: dict[int, tuple[int, ...]] = {1: (), 2: (0, 3), 3: (1, 2)}
 """Stages of the mixture's runs, by world size."""
