@@ -78,8 +78,8 @@ def count_case(key: Key, world_size: int) -> Counted:
     from ray_ds.train.zero.config import deepspeed_config
     from ray_ds.train.zero.optimizer import make_optimizer
 
-    def small_bucket(settings: TrainSettings, size: int) -> dict[str, Any]:
-        config = deepspeed_config(settings, size)
+    def small_bucket(settings: TrainSettings, size: int, *, is_cuda: bool) -> dict[str, Any]:
+        config = deepspeed_config(settings, size, is_cuda=is_cuda)
         config["zero_optimization"]["reduce_bucket_size"] = BUCKET_NUMEL
         return config
 
