@@ -25,7 +25,7 @@ os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # read when ray is imported;
 import torch
 from torch import Tensor, nn
 
-from jobs.bench.train import bare_loop, rows_of_step, run_ours, run_peer, time_steps, write_synthetic_shards
+from jobs.bench.train import bare_loop, run_ours, run_peer, time_autocast_loop, write_synthetic_shards
 from ray_ds.config.model import ModelConfig
 from ray_ds.config.model_size import flops_per_token, num_active_parameters, num_parameters
 from ray_ds.config.settings import decode_settings
@@ -126,25 +126,12 @@ def make_settings(case: Case, options: argparse.Namespace, device: str) -> Train
 def hugging_face(settings: TrainSettings, options: argparse.Namespace) -> float:
     """Return tokens/s of transformers' model of the same sizes: autocast, fp32 masters, fused AdamW, compiled."""
     model = build_hugging_face(settings.model.resolve(options.vocab_size, options.seq_len)).to(settings.device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, fused=settings.device == "cuda")
 
     def loss_of(tokens: Tensor, targets: Tensor) -> Tensor:
         logits = model(input_ids=tokens, use_cache=False).logits
         return nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum")
 
-    forward = torch.compile(loss_of) if options.compile else loss_of
-    rows = rows_of_step(settings, options)
-
-    def step() -> None:
-        for tokens, targets in rows:
-            with torch.autocast(settings.device, torch.bfloat16):
-                loss = forward(tokens, targets)
-            (loss / settings.batch_tokens).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.gradient_clipping)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return time_steps(step, settings, options)
+    return time_autocast_loop(model, loss_of, settings, options)
 
 
 def build_hugging_face(config: ModelConfig) -> nn.Module:

@@ -281,11 +281,19 @@ def bare_deepspeed(settings: TrainSettings, options: argparse.Namespace) -> floa
         return time_steps(step, settings, options)
 
 
-def bare_loop(settings: TrainSettings, options: argparse.Namespace) -> float:
-    """Return tokens/s of the same model with fp32 masters, autocast and torch's AdamW: no Ray, no DeepSpeed."""
-    decoder = new_decoder(settings, options)
-    forward = torch.compile(decoder) if options.compile else decoder
-    optimizer = torch.optim.AdamW(decoder.parameters(), lr=options.lr, fused=settings.device == "cuda")
+def time_autocast_loop(
+    model: torch.nn.Module,
+    loss_of: Callable[[Tensor, Tensor], Tensor],
+    settings: TrainSettings,
+    options: argparse.Namespace,
+) -> float:
+    """Return tokens/s of a model trained with fp32 masters, autocast and torch's AdamW.
+
+    Args:
+        loss_of: from tokens and targets to the model's summed loss; compiled if the options say so.
+    """
+    forward = torch.compile(loss_of) if options.compile else loss_of
+    optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, fused=settings.device == "cuda")
     rows = rows_of_step(settings, options)
 
     def step() -> None:
@@ -293,11 +301,17 @@ def bare_loop(settings: TrainSettings, options: argparse.Namespace) -> float:
             with torch.autocast(settings.device, torch.bfloat16):
                 loss = forward(tokens, targets)
             (loss / settings.batch_tokens).backward()
-        torch.nn.utils.clip_grad_norm_(decoder.parameters(), settings.gradient_clipping)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.gradient_clipping)
         optimizer.step()
         optimizer.zero_grad()
 
-    tokens_per_s = time_steps(step, settings, options)
+    return time_steps(step, settings, options)
+
+
+def bare_loop(settings: TrainSettings, options: argparse.Namespace) -> float:
+    """Return tokens/s of the same model with fp32 masters, autocast and torch's AdamW: no Ray, no DeepSpeed."""
+    decoder = new_decoder(settings, options)
+    tokens_per_s = time_autocast_loop(decoder, decoder, settings, options)
     peak = peak_flops(torch.device(settings.device), torch.bfloat16)
     if peak:
         config = settings.model.resolve(options.vocab_size, options.seq_len)
