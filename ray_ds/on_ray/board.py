@@ -98,12 +98,15 @@ class Board:
     def beat(self, attempt: int, rank: int, place: str) -> Request:
         """Note where a worker is; return what is asked of it."""
         worker = self._worker(attempt, rank)
-        if worker is not None and worker.place != place:
+        if worker is not None:
             worker.place = place
-            if not self._is_stepping and (step := step_of(place)):
-                self._is_stepping = True
-                self.note("stepping", {"attempt": attempt, "workers": self.num_workers, "step": step})
         return self.request
+
+    def stepping(self, attempt: int, step: int) -> None:
+        """Note the first step that a group does; each of its workers says it."""
+        if attempt == self.attempt and not self._is_stepping and not self._is_lost:
+            self._is_stepping = True
+            self.note("stepping", {"attempt": attempt, "workers": self.num_workers, "step": step})
 
     def safe(self, attempt: int, rank: int, step: int) -> None:
         """Note that a worker's state is safe and that it does no more."""

@@ -10,7 +10,7 @@ import ray.train
 import torch
 import torch.distributed as dist
 
-from ray_ds.on_ray.hang_watch import SAFE
+from ray_ds.on_ray.hang_watch import SAFE, step_of
 from ray_ds.on_ray.keepers import Keepers
 from ray_ds.on_ray.pulse import Pulse
 from ray_ds.train.host import Request, SnapshotStore
@@ -42,6 +42,7 @@ class RayHost:
             self.snapshots = Keepers(run_id, rank=self.rank, nodes=nodes, attempt=attempt)
         self._pulse = Pulse(run_id, rank=self.rank, world_size=self.world_size, attempt=attempt)
         self._place = ""
+        self._is_stepping = False
         self._request = Request.NONE
         threading.Thread(target=self._talk, daemon=True, name="board").start()
 
@@ -61,8 +62,11 @@ class RayHost:
         return self._request
 
     def beat(self, place: str) -> None:
-        """Say where this process is."""
+        """Say where this process is; the first step is told to the board at once."""
         self._place = place
+        if not self._is_stepping and (step := step_of(place)):
+            self._is_stepping = True
+            self._board.stepping.remote(self._attempt, step)
         self._pulse.beat(place)
 
     def safe(self, step: int) -> None:

@@ -66,10 +66,11 @@ def test_a_group_that_was_safe_lost_nothing() -> None:
 def test_the_driver_sees_each_event_and_each_record_once() -> None:
     board = running(1)
     board.report({"step": 1})
-    board.beat(1, 0, "step 2 micro-batch 1")
+    for rank_says in (2, 2, 3):
+        board.stepping(1, rank_says)
     first = board.collect(0)
     assert [event.kind for event in first.events] == ["workers_started", "stepping"]
-    assert first.records == [{"step": 1}]
+    assert first.records == [{"step": 1}] and first.events[1].facts["step"] == 2
     board.ask(Request.STOP, "told")
     board.safe(1, 0, 2)
     second = board.collect(len(first.events))
