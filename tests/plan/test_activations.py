@@ -116,6 +116,7 @@ def kept_bytes(case: Case) -> int:
         return tensor
 
     run = torch.compile(decoder, backend="aot_eager_decomp_partition") if case.compile else decoder
+    assert case.compile == (run is not decoder), "torch.compile does nothing where TORCHDYNAMO_DISABLE=1"
     tokens = torch.randint(case.config.vocab_size, (case.micro_batch, case.seq_len))
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         run(tokens, tokens)

@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.multiprocessing as multiprocessing
 
 from ray_ds.config.settings import decode_settings
 from ray_ds.config.train import TrainSettings
 from ray_ds.data.shards import write_shard
 from ray_ds.train.host import Request, SnapshotStore
 from ray_ds.train.task import TrainTask
+from tests.train.processes import spawn
 
 VOCAB_SIZE = 300
 SMALL = {
@@ -87,13 +87,10 @@ def train_in_processes(
         die_at_step: the last process kills itself after this step.
         requests: what the last process is asked for, by the number of the step.
     """
-    os.environ |= {"DS_ACCELERATOR": "cpu", "TORCHDYNAMO_DISABLE": "1"}
     store = Path(task.output) / f"store-{os.urandom(4).hex()}"
     store.parent.mkdir(parents=True, exist_ok=True)
     world_size = world_size or task.settings.max_workers
-    multiprocessing.spawn(
-        _run_rank, (world_size, str(store), task.to_dict(), die_at_step, dict(requests or {})), nprocs=world_size
-    )
+    spawn(_run_rank, (world_size, str(store), task.to_dict(), die_at_step, dict(requests or {})), count=world_size)
 
 
 def read_records(task: TrainTask) -> list[dict[str, Any]]:

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as multiprocessing
 from torch.multiprocessing.spawn import ProcessRaisedException
 
 from ray_ds.train.bad_steps import WINDOW, BadSteps
 from ray_ds.train.task import TrainTask
+from tests.train.processes import spawn
 from tests.train.runs import PlainHost, make_settings, make_task, read_records, train_in_processes
 
 BAD_STEP = 6
@@ -69,11 +69,10 @@ def run_with_a_bad_step(rank: int, world_size: int, store: str, raw: dict[str, A
 
 
 def train_with_a_bad_step(task: TrainTask) -> list[dict[str, Any]]:
-    os.environ |= {"DS_ACCELERATOR": "cpu", "TORCHDYNAMO_DISABLE": "1"}
     store = Path(task.output) / "store"
     store.parent.mkdir(parents=True, exist_ok=True)
     world_size = task.settings.max_workers
-    multiprocessing.spawn(run_with_a_bad_step, (world_size, str(store), task.to_dict()), nprocs=world_size)
+    spawn(run_with_a_bad_step, (world_size, str(store), task.to_dict()), count=world_size)
     return read_records(task)
 
 

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
 
 from ray_ds.config.train import TrainSettings
 from ray_ds.model.decoder import Decoder
 from ray_ds.model.initial import init_weights
+from tests.train.processes import spawn
 from tests.train.runs import VOCAB_SIZE, make_settings
 from tests.train.zero.worlds import WholeState, counting_grid, gather, micro_batch
 
@@ -32,8 +32,8 @@ def case_settings(stage: int, optimizer: str) -> TrainSettings:
 def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, str], dict[str, Any]]:
     """What one process saw in each case."""
     folder = tmp_path_factory.mktemp("gpu")
-    os.environ |= {"DS_ACCELERATOR": "cuda", "TORCH_CUDA_ARCH_LIST": "9.0", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
-    multiprocessing.spawn(run_cases, (folder,), nprocs=1)
+    environment = {"DS_ACCELERATOR": "cuda", "TORCH_CUDA_ARCH_LIST": "9.0", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+    spawn(run_cases, (folder,), count=1, environment=environment)
     found: dict[tuple[int, str], dict[str, Any]] = torch.load(folder / "seen.pt", weights_only=False)
     return found
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as multiprocessing
 
+from tests.train.processes import spawn
 from tests.train.runs import VOCAB_SIZE, make_settings
 
 
@@ -31,8 +31,7 @@ def test_deepspeed_still_looks_at_the_norm() -> None:
 def test_norms_are_deepspeeds_and_a_gradient_that_is_no_number_changes_nothing(
     tmp_path: Path, stage: int, precision: str
 ) -> None:
-    os.environ |= {"DS_ACCELERATOR": "cpu", "TORCHDYNAMO_DISABLE": "1"}
-    multiprocessing.spawn(compare, (str(tmp_path / "store"), stage, precision), nprocs=2)
+    spawn(compare, (str(tmp_path / "store"), stage, precision), count=2)
 
 
 def compare(rank: int, store: str, stage: int, precision: str) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
 from torch import Tensor
 
 from ray_ds.config.train import TrainSettings
@@ -19,6 +18,7 @@ from ray_ds.model.initial import init_weights
 from ray_ds.model.loss import IGNORED_TARGET
 from ray_ds.train.objective import MicroBatch, NextTokenObjective
 from ray_ds.train.state import EngineState, Kind
+from tests.train.processes import spawn
 from tests.train.runs import VOCAB_SIZE
 
 
@@ -61,8 +61,7 @@ def gather(state: EngineState) -> WholeState:
 
 def run_world(world_size: int, function: Callable[..., None], folder: Path, *args: Any) -> None:
     """Call `function(rank, world_size, folder, *args)` in as many processes, each with one thread."""
-    os.environ |= {"DS_ACCELERATOR": "cpu", "TORCHDYNAMO_DISABLE": "1"}
-    multiprocessing.spawn(_enter, (world_size, function, folder, args), nprocs=world_size)
+    spawn(_enter, (world_size, function, folder, args), count=world_size)
 
 
 def _enter(rank: int, world_size: int, function: Callable[..., None], folder: Path, args: tuple[Any, ...]) -> None:
