@@ -39,7 +39,7 @@ class Activations:
 
 def activations_of(case: Case) -> Activations:
     """Return what a micro-batch takes."""
-    config, tokens = case.config, case.micro_tokens
+    config, tokens = case.part, case.micro_tokens
     sparse = config.num_moe_layers
     dense = config.num_hidden_layers + config.num_nextn_predict_layers - sparse
     layers = dense * layer_bytes(case, is_sparse=False) + sparse * layer_bytes(case, is_sparse=True)
@@ -74,7 +74,7 @@ def _loss_bytes(case: Case) -> tuple[int, int]:
 
 def layer_bytes(case: Case, *, is_sparse: bool) -> int:
     """Return what one layer keeps of a token."""
-    config = case.config
+    config = case.part
     numbers = 4 * config.hidden_size  # both norms' inputs and results
     numbers += _attention_numbers(config)
     statistics = (3 + config.num_attention_heads) * STATISTICS_BYTES

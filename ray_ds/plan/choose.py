@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from ray_ds.config.parallel import ZERO_STAGES
 from ray_ds.plan.case import Case
 from ray_ds.plan.devices import Fleet
 from ray_ds.plan.memory import Memory, memory_of
@@ -32,7 +33,7 @@ def plan_of(case: Case, fleet: Fleet) -> Plan:
 def micro_batches_possible(case: Case) -> list[int]:
     """Return the micro-batches, in rows, that divide the step's batch and leave none of the workers without one."""
     rows = case.batch_tokens // case.seq_len
-    return [size for size in range(1, rows // case.world_size + 1) if rows % size == 0]
+    return [size for size in range(1, rows // case.num_readers + 1) if rows % size == 0]
 
 
 def largest_micro_batch(case: Case, fleet: Fleet) -> int:
@@ -60,11 +61,11 @@ def best_plan(case: Case, fleet: Fleet) -> Plan | None:
 
 
 def _tried(case: Case, fleet: Fleet) -> Iterator[Case]:
-    # DeepSpeed scales fp16's loss only with ZeRO; and Muon is clipped rightly only without (config.train).
-    stages = (0, 1, 2, 3) if case.precision != "fp16" else (1, 2, 3)
-    for stage in stages:
+    for stage in ZERO_STAGES:
         for recompute in (False, True):
             tried = replace(case, zero_stage=stage, recompute=recompute)
+            if tried.refusal() is not None:
+                continue
             largest = largest_micro_batch(tried, fleet)
             for size in micro_batches_possible(tried):
                 if largest / 8 <= size <= largest:

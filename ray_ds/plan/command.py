@@ -44,8 +44,14 @@ def run_plan(recipe: Recipe, options: argparse.Namespace, cluster_fleet: Cluster
         settings: TrainSettings = step.settings
         fleet = _named_fleet(options, settings) if options.gpu else cluster_fleet(settings)
         case = step_case(step, options.gpus)
-        if case.world_size > settings.num_micro_batches:
-            allowed = f"must be at most {settings.num_micro_batches}, the micro-batches of a step of {step.name}"
+        size = case.parallel.group_size
+        if case.world_size % size:
+            allowed = f"must be whole groups of {size}, the product of {step.name}.parallel"
+            raise ConfigError("--gpus", case.world_size, allowed, f"try {-(-case.world_size // size) * size}")
+        most = settings.num_micro_batches * case.parallel.rows_shared_by
+        if case.world_size > most:
+            together = f" times {case.parallel.rows_shared_by}" if case.parallel.rows_shared_by > 1 else ""
+            allowed = f"must be at most {most}, the micro-batches of a step of {step.name}{together}"
             action = f"lower --{step.name}.micro_batch, raise --{step.name}.batch_tokens, or use fewer"
             raise ConfigError("--gpus", case.world_size, allowed, action)
         tokens = settings.num_steps * settings.batch_tokens

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ray_ds.config.model import ModelConfig
+from ray_ds.plan.case import Case
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,9 +51,10 @@ def num_heads_used(config: ModelConfig) -> int:
     return 1 + config.num_nextn_predict_layers
 
 
-def largest_tensor(config: ModelConfig) -> int:
-    """Return the numbers of the largest parameter: the embedding table, or a layer's stacked experts."""
-    experts = config.n_routed_experts * 2 * config.moe_intermediate_size * config.hidden_size
+def largest_tensor(case: Case) -> int:
+    """Return the numbers of a worker's largest parameter: the embedding table, or a layer's stacked experts."""
+    config = case.part
+    experts = case.num_held_experts * 2 * config.moe_intermediate_size * config.hidden_size
     return max(config.vocab_size * config.hidden_size, experts, config.intermediate_size * config.hidden_size)
 
 

@@ -59,4 +59,4 @@ def memory_of(case: Case) -> Memory:
 
 def _has_bucket(case: Case) -> bool:
     """Tell whether the bucket is there already when a backward pass begins: ZeRO 1 keeps it through a step."""
-    return case.zero_stage == 1 and case.micro_batches > 1 and not case.offload
+    return case.zero_stage == 1 and case.micro_batches > 1 and case.offload == "none"

@@ -1,17 +1,21 @@
 """The plan of a train step as lines for people."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 
 from ray_ds.config.model_size import flops_per_token, num_active_parameters
+from ray_ds.config.parallel import OFFLOADS, ZERO_STAGES
 from ray_ds.plan.case import Case
 from ray_ds.plan.choose import Plan, best_plan, largest_micro_batch, plan_of
 from ray_ds.plan.devices import Fleet
 from ray_ds.plan.fit import GIB, when
 from ray_ds.plan.memory import CONTEXT_BYTES, FRAGMENTATION, Memory
+from ray_ds.plan.traffic import HOST_LINK_BYTES_PER_S, data_bytes, group_bytes, host_bytes
 
 HEAD = (
     "ZeRO",
+    "offload",
     "weights",
     "masters",
     "optimizer",
@@ -46,6 +50,7 @@ def plan_lines(step: str, case: Case, fleet: Fleet, budget: Budget) -> list[str]
         *_table([HEAD, *_stage_rows(case, fleet)]),
         "",
         *_note_lines(),
+        *_refusal_lines(case),
         "",
         *_outcome_lines("as the recipe says", plan_of(case, fleet), budget),
         *_best_lines(step, case, fleet, budget),
@@ -63,30 +68,49 @@ def _head_lines(step: str, case: Case, fleet: Fleet) -> list[str]:
         f"{fleet.wire_bandwidth(case.world_size) / 1e9:.3g} GB/s",
         f"{case.precision}, {'compiled' if case.compile else 'eager'}, "
         f"{'Muon' if case.uses_muon else 'AdamW'}, micro-batch {case.micro_batch}, {case.batch_tokens:,} tokens a step"
-        + (", activations recomputed" if case.recompute else ""),
+        + (", activations recomputed" if case.recompute else "")
+        + (f", {case.offload} on the host" if case.offload != "none" else "")
+        + (f", groups of {case.parallel.group_size} ({case.parallel.axis})" if case.parallel.axis else ""),
     ]
 
 
 def _stage_rows(case: Case, fleet: Fleet) -> list[tuple[str, ...]]:
-    """Return a row for each stage, with the optimizer on the GPU and on the host; sizes in GiB a worker."""
+    """Return a row for each stage and offload that training allows; sizes in GiB a worker."""
     rows = []
-    for stage in range(4):
-        for offload in (False, True) if stage else (False,):
-            tried = replace(case, zero_stage=stage, offload=offload)
-            plan = plan_of(tried, fleet)
-            kept = largest_micro_batch(replace(tried, recompute=False), fleet)
-            again = largest_micro_batch(replace(tried, recompute=True), fleet)
-            row = (
-                f"{stage} offload" if offload else str(stage),
-                *(f"{size / GIB:.1f}" for size in _parts(plan.memory)),
-                "yes" if plan.fits else "no",
-                f"{plan.memory.states.host / GIB:.1f}" if offload else "-",
-                str(kept or "-"),
-                str(again or "-"),
-                f"{plan.speed.tokens_per_s:,.0f}" if plan.fits else "-",
-            )
-            rows.append(row)
+    for tried in _stages(case):
+        if tried.refusal() is not None:
+            continue
+        plan = plan_of(tried, fleet)
+        kept = largest_micro_batch(replace(tried, recompute=False), fleet)
+        again = largest_micro_batch(replace(tried, recompute=True), fleet)
+        row = (
+            str(tried.zero_stage),
+            tried.offload,
+            *(f"{size / GIB:.1f}" for size in _parts(plan.memory)),
+            "yes" if plan.fits else "no",
+            f"{plan.memory.states.host / GIB:.1f}" if plan.memory.states.host else "-",
+            str(kept or "-"),
+            str(again or "-"),
+            f"{plan.speed.tokens_per_s:,.0f}" if plan.fits else "-",
+        )
+        rows.append(row)
     return rows
+
+
+def _stages(case: Case) -> Iterator[Case]:
+    for stage, offload in product(ZERO_STAGES, OFFLOADS):
+        yield replace(case, zero_stage=stage, offload=offload)
+
+
+def _refusal_lines(case: Case) -> list[str]:
+    """Return why rows are left out, each reason once, with the stages and offloads it is for."""
+    left_out: dict[str, list[str]] = {}
+    for tried in _stages(case):
+        rule = tried.refusal()
+        if rule is not None:
+            name = f"{tried.zero_stage} {tried.offload}".removesuffix(" none")
+            left_out.setdefault(f"{rule.field} {rule.allowed}", []).append(name)
+    return [f"left out, ZeRO {', '.join(names)}: {reason}" for reason, names in left_out.items()]
 
 
 def _parts(memory: Memory) -> tuple[int, ...]:
@@ -110,7 +134,7 @@ def _note_lines() -> list[str]:
         f"needed = peak + {FRAGMENTATION:.0%} between tensors + {CONTEXT_BYTES / GIB:.1f} GiB of CUDA, cuBLAS and NCCL "
         "(assumed).",
         "micro-batch, recomputed: the most rows that fit and divide the step's batch, without and with recomputation.",
-        "offload: DeepSpeed's offload_optimizer, masters and optimizer on the host; train steps have no such setting.",
+        "host: what offload keeps in the host's memory for a worker.",
     ]
 
 
@@ -127,6 +151,16 @@ def _outcome_lines(title: str, plan: Plan, budget: Budget) -> list[str]:
         f"  {plan.speed.tokens_per_s:,.0f} tokens/s, {plan.speed.step_s:.3g} s a step: "
         f"{budget.tokens:,} tokens in {budget.steps:,} steps take {duration(seconds)}"
     )
+    if case.parallel.axis:
+        lines.append(
+            f"  a worker sends {group_bytes(case) / GIB:.2f} GiB to its group and {data_bytes(case) / GIB:.2f} GiB "
+            "to others in a step"
+        )
+    if case.offload != "none":
+        lines.append(
+            f"  {memory.states.host / GIB:.1f} GiB in the host's memory for each worker; {host_bytes(case) / GIB:.2f} "
+            f"GiB between both take {host_bytes(case) / HOST_LINK_BYTES_PER_S:.2g} s of a step"
+        )
     if budget.gpu_hour_price is not None:
         hours = seconds / 3600 * case.world_size
         lines.append(f"  {hours:,.1f} GPU hours at {budget.gpu_hour_price:g}: {hours * budget.gpu_hour_price:,.2f}")
@@ -136,7 +170,7 @@ def _outcome_lines(title: str, plan: Plan, budget: Budget) -> list[str]:
 def _best_lines(step: str, case: Case, fleet: Fleet, budget: Budget) -> list[str]:
     best = best_plan(case, fleet)
     if best is None:
-        return ["nothing fits: not one row with ZeRO 3 and recomputation; use more or larger GPUs, or a smaller model"]
+        return ["nothing fits: not one row at any ZeRO stage, recomputed; use more or larger GPUs, or a smaller model"]
     found = best.case
     overrides = (
         f"--{step}.zero_stage={found.zero_stage} --{step}.micro_batch={found.micro_batch} "

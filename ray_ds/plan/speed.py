@@ -10,6 +10,7 @@ from ray_ds.plan.activations import layer_bytes
 from ray_ds.plan.case import Case
 from ray_ds.plan.devices import Fleet
 from ray_ds.plan.matrices import layer_matrices, num_heads_used, num_tensors
+from ray_ds.plan.traffic import HOST_LINK_BYTES_PER_S, host_bytes, sending_s
 
 PRODUCT_FRACTION = 0.785
 """Of the peak that large bf16 products reach: 776 of 989.4 TFLOP/s, measured on one H200."""
@@ -35,10 +36,6 @@ MICRO_BATCH_LAYER_S = 1e-4
 """What a layer loses in each micro-batch at the ends of its kernels; fitted to batches of 8 to 32 rows."""
 STEP_BYTES = 58
 """What a step reads and writes for each parameter that a worker updates: bucket, norm, fp32 copy, clipping, AdamW."""
-WIRE_FRACTION = 0.8
-"""Assumed of a link's bandwidth that NCCL's rings reach."""
-HOST_LINK_BYTES_PER_S = 25e9
-"""Assumed between a GPU and its host with offload: PCIe 4.0 x16 in practice."""
 HOST_UPDATES_PER_S = 1e9
 """Assumed parameters that a host updates a second for each GPU with offload (DeepSpeed's CPUAdam)."""
 
@@ -77,7 +74,7 @@ def speed_of(case: Case, fleet: Fleet) -> Speed:
         "elementwise": elementwise,
         "starting": _starting_s(case, products + attention + elementwise),
         "update": _update_s(case, fleet),
-        "sending": _sending_s(case, fleet),
+        "sending": sending_s(case, fleet),
     }
     return Speed(**parts, tokens_per_s=case.batch_tokens / sum(parts.values()))
 
@@ -96,7 +93,7 @@ def _peak_flops(case: Case, fleet: Fleet) -> float:
 
 def _product_s(case: Case, fleet: Fleet) -> float:
     """Return a token's seconds in matrix products, forward and backward."""
-    config = case.config
+    config = case.part
     weighed = 0.0
     for matrix in layer_matrices(config):
         weighed += matrix.used * matrix.numel / _width_fraction(min(matrix.rows, matrix.columns))
@@ -111,7 +108,7 @@ def _width_fraction(width: int) -> float:
 
 def _attention_s(case: Case, fleet: Fleet) -> float:
     """Return a token's seconds in scores and weighted values."""
-    config = case.config
+    config = case.part
     width = 2 * max(config.qk_head_dim, config.value_head_dim)  # values are padded to the width of keys
     layers = config.num_hidden_layers + config.num_nextn_predict_layers
     flops = 3 * layers * config.num_attention_heads * width * case.seq_len
@@ -132,30 +129,13 @@ def _elementwise_s(case: Case, fleet: Fleet, runs: float) -> float:
 
 def _update_s(case: Case, fleet: Fleet) -> float:
     """Return a step's seconds outside the model."""
-    share = case.num_parameters / (case.world_size if case.zero_stage else 1)
+    share = case.num_held_parameters / (case.num_copies if case.zero_stage else 1)
     tensors = num_tensors(case.config)
     seconds = tensors * TENSOR_S
-    if case.offload:
-        seconds += share / HOST_UPDATES_PER_S + 2 * share * case.dtype_bytes / HOST_LINK_BYTES_PER_S
+    if case.offload != "none":
+        seconds += share / HOST_UPDATES_PER_S + host_bytes(case) / HOST_LINK_BYTES_PER_S
     else:
         seconds += share * STEP_BYTES / (fleet.kind.bandwidth * COPY_FRACTION)
     if case.zero_stage == 3:
         seconds += case.micro_batches * tensors * GATHER_S
     return seconds
-
-
-def _sending_s(case: Case, fleet: Fleet) -> float:
-    """Return a step's seconds of sending between workers, in rings.
-
-    ZeRO 0 and 1 reduce once a step, 2 in each micro-batch, all to every worker (`use_multi_rank_bucket_allreduce`);
-    ZeRO 1 and 2 gather the weights once; 3 gathers them twice and scatters gradients in each micro-batch.
-    """
-    others = (case.world_size - 1) / case.world_size
-    times = {
-        0: 2,
-        1: 2 + 1,
-        2: 2 * case.micro_batches + 1,
-        3: 3 * case.micro_batches,
-    }[case.zero_stage]
-    sent = times * others * case.dtype_bytes * case.num_parameters
-    return sent / (fleet.wire_bandwidth(case.world_size) * WIRE_FRACTION)

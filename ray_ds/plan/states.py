@@ -42,7 +42,7 @@ class States:
     updating: int
     """Gradients and their copies while the optimizer runs, on top of what is kept."""
     starting: int
-    """The most while the engine is made, all in all: every worker begins with the whole model in fp32."""
+    """The most while the engine is made, all in all: every worker begins with its whole part of the model in fp32."""
     host: int
     """Bytes in the host's memory for this worker."""
 
@@ -61,7 +61,7 @@ def states_of(case: Case) -> States:
 
 def _replicated(case: Case) -> States:
     """ZeRO 0: everything whole; in 16 bits masters beside the weights, and an fp32 copy of each gradient in a step."""
-    count, size, is_mixed = case.num_parameters, case.dtype_bytes, case.precision != "fp32"
+    count, size, is_mixed = case.num_held_parameters, case.dtype_bytes, case.precision != "fp32"
     masters = MASTER_BYTES * count if is_mixed else 0
     optimizer = _optimizer_bytes(case, momentum_bytes=4)
     gradients = size * count
@@ -85,10 +85,10 @@ def _replicated(case: Case) -> States:
 
 def _partitioned_states(case: Case) -> States:
     """ZeRO 1 and 2: masters and optimizer state of an even slice; 2 also drops the other slices' gradients."""
-    count, size, world_size = case.num_parameters, case.dtype_bytes, case.world_size
+    count, size, world_size = case.num_held_parameters, case.dtype_bytes, case.num_copies
     share = -(-count // world_size)
     # Gradients of the parameters that a slice has a part of are kept whole, so those at its ends count fully.
-    touched = min(count, share + (largest_tensor(case.config) if world_size > 1 else 0))
+    touched = min(count, share + (largest_tensor(case) if world_size > 1 else 0))
     bucket = size * BUCKET_NUMEL
     sent_copy = size * min(count, BUCKET_NUMEL) if world_size > 1 else 0
     muon = _muon_fraction(case)
@@ -108,16 +108,18 @@ def _partitioned_states(case: Case) -> States:
         reducing += earlier
     updating = gradients + copies
     host = 0
-    if case.offload:
+    if case.offload != "none":
         host = masters + optimizer + (4 + size) * share  # fp32 gradients, and weights on their way back
+        if case.zero_stage == 2 and case.micro_batches > 1:
+            host += size * touched  # gradients of earlier micro-batches
         masters = optimizer = updating = 0
         earlier = size * count if case.zero_stage == 1 and case.micro_batches > 1 else 0
-        reducing = bucket + size * largest_tensor(case.config) + (size * count if case.zero_stage == 1 else 0)
+        reducing = bucket + size * largest_tensor(case) + (size * count if case.zero_stage == 1 else 0)
     return States(
         weights=size * count,
         masters=masters,
         optimizer=optimizer,
-        buffers=size * largest_tensor(case.config) if case.offload else 0,
+        buffers=size * largest_tensor(case) if case.offload != "none" else 0,
         gathered=0,
         earlier_gradients=earlier,
         bucket=bucket,
@@ -130,25 +132,28 @@ def _partitioned_states(case: Case) -> States:
 
 def _partitioned_weights(case: Case) -> States:
     """ZeRO 3: a slice of everything, place for gradients and the bucket always there, whole weights while they work."""
-    count, size, world_size = case.num_parameters, case.dtype_bytes, case.world_size
+    count, size, world_size = case.num_held_parameters, case.dtype_bytes, case.num_copies
     share = -(-count // world_size)
     muon = _muon_fraction(case)
     masters = MASTER_BYTES * share
     optimizer = int(share * ((1 - muon) * MEANS_BYTES + muon * size))
     gradients, bucket = size * share, size * BUCKET_NUMEL
     gathered = 0
-    if world_size > 1:
-        fetched = min(count, PREFETCH_NUMEL + largest_tensor(case.config))
+    if world_size > 1 or case.offload == "all":
+        fetched = min(count, PREFETCH_NUMEL + largest_tensor(case))
         gathered = size * (min(count, LIVE_NUMEL) + fetched)
     # Muon orthogonalizes whole gradients, which its workers put together.
     updating = 4 * min(int(share * max(muon, 1 - muon)), LIVE_NUMEL) + size * min(int(muon * count), LIVE_NUMEL)
     starting = size * share + masters + 4 * share + int(size * muon * share)
     host = 0
-    if case.offload:
+    weights = size * share
+    if case.offload != "none":
         host = masters + optimizer + 4 * share + gradients
         masters = optimizer = updating = gradients = starting = 0
+    if case.offload == "all":
+        host, weights = host + weights, 0
     return States(
-        weights=size * share,
+        weights=weights,
         masters=masters,
         optimizer=optimizer,
         buffers=gradients + bucket,
@@ -165,7 +170,7 @@ def _partitioned_weights(case: Case) -> States:
 def _optimizer_bytes(case: Case, momentum_bytes: int) -> int:
     """Return what the optimizer keeps of all parameters."""
     muon = _muon_fraction(case)
-    return int(case.num_parameters * ((1 - muon) * MEANS_BYTES + muon * momentum_bytes))
+    return int(case.num_held_parameters * ((1 - muon) * MEANS_BYTES + muon * momentum_bytes))
 
 
 def _muon_fraction(case: Case) -> float:
@@ -174,9 +179,9 @@ def _muon_fraction(case: Case) -> float:
         return 0.0
     routers = case.config.n_routed_experts * case.config.hidden_size * case.config.num_moe_layers
     matrices = sum(matrix.numel * matrix.stored for matrix in layer_matrices(case.config))
-    return (matrices - routers) / case.num_parameters
+    return (matrices - routers) / case.num_parameters  # whole: Muon is refused where weights are divided
 
 
 def _whole_model_in_fp32(case: Case) -> int:
     """Return the most while the model is brought to its device in fp32 and cast there tensor by tensor."""
-    return 4 * case.num_parameters + case.dtype_bytes * largest_tensor(case.config)
+    return 4 * case.num_held_parameters + case.dtype_bytes * largest_tensor(case)

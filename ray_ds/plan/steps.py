@@ -31,9 +31,14 @@ def step_case(step: Step, world_size: int | None) -> Case:
 
     Args:
         world_size: workers, if not the most that the settings allow.
+    Raises:
+        ConfigError: a setting does not go with the model of the checkpoint that the step starts from.
     """
     settings: TrainSettings = step.settings
-    return case_of(settings, step_model(step), world_size or settings.max_workers)
+    config = step_model(step)
+    if settings.model is None:
+        settings = settings.for_model(config)
+    return case_of(settings, config, world_size or settings.max_workers)
 
 
 def step_model(step: Step) -> ModelConfig:

@@ -30,7 +30,7 @@ def test_plan_of_named_gpus(capsys: pytest.CaptureFixture[str]) -> None:
     assert status == 0
     assert out.startswith("step train: 370,7") and "8 x h200: 140.4 GiB" in out
     rows = [line.split()[0] for line in out.splitlines() if line.strip()[:1].isdigit() and "x h200" not in line]
-    assert rows[:7] == ["0", "1", "1", "2", "2", "3", "3"]
+    assert rows[:8] == ["0", "1", "1", "2", "2", "3", "3", "3"]
     assert "as the recipe says: fits" in out and "GPU hours at 2.5: " in out
     assert "fastest that fits: --train.zero_stage=" in out
 
