@@ -99,12 +99,13 @@ def test_experts_in_fp8_never_wait_and_are_near_those_in_bf16(is_compiled):
 def test_a_model_of_linears_and_experts_in_fp8_compiles_to_one_graph():
     needs_hopper()
     decoder = new_decoder(torch.bfloat16)
-    before = decoder(*batch()).item()
+    tokens, targets = batch()
+    before = decoder(tokens, targets).item()
     layers = decoder.model.layers
     assert to_fp8(layers, torch.device("cuda")) > 0
     for layer in layers[1:]:
         layer.mlp.experts = Fp8Experts.of(layer.mlp.experts)
-    loss = torch.compile(decoder, fullgraph=True)(*batch())
+    loss = torch.compile(decoder, fullgraph=True)(tokens, targets)
     loss.backward()
     assert loss.item() == pytest.approx(before, rel=0.01)
     assert all(parameter.grad is not None for parameter in decoder.parameters())

@@ -1,5 +1,6 @@
 """Experts in FP8: against products of the same numbers in fp64, and against the exact layer."""
 
+import copy
 import dataclasses
 
 import pytest
@@ -18,7 +19,8 @@ CONFIG = dataclasses.replace(
 
 
 def relative_error(found: Tensor, exact: Tensor) -> float:
-    return float((found.detach().double() - exact.detach().double()).norm() / exact.detach().double().norm())
+    found, exact = found.detach().double(), exact.detach().double()
+    return float((found - exact).norm() / exact.norm())
 
 
 def exact_experts() -> Experts:
@@ -100,6 +102,24 @@ def test_evaluation_is_exact_and_parameters_are_the_same_objects() -> None:
     assert all(fp8.get_parameter(name) is parameter for name, parameter in exact.named_parameters())
     x, weights, chosen = torch.randn(9, WIDTH).bfloat16(), torch.rand(9, 2), choices(9)
     assert torch.equal(fp8(x, weights, chosen), exact(x, weights, chosen))
+
+
+def test_they_learn_what_experts_in_bf16_learn() -> None:
+    x, chosen, shares = torch.randn(256, WIDTH).bfloat16(), choices(256), torch.full((256, 2), 0.5)
+    wanted = exact_experts()(x, shares, chosen).detach()
+    start = exact_experts()
+    explained = []
+    for layer in (copy.deepcopy(start), Fp8Experts.of(start)):
+        optimizer = torch.optim.AdamW(layer.parameters(), lr=3e-3)
+        for _ in range(60):
+            optimizer.zero_grad()
+            (layer(x, shares, chosen) - wanted).float().square().mean().backward()
+            optimizer.step()
+        with torch.no_grad():
+            off = layer.eval()(x, shares, chosen) - wanted
+        explained.append(1 - float(off.float().square().mean() / wanted.float().square().mean()))
+    assert explained[0] > 0.9
+    assert explained[1] == pytest.approx(explained[0], abs=0.02)
 
 
 def test_a_bad_number_stays_one() -> None:

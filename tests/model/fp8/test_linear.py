@@ -19,7 +19,8 @@ def layer() -> Fp8Linear:
 
 
 def relative_error(found: Tensor, exact: Tensor) -> float:
-    return float((found.detach().double() - exact.double()).norm() / exact.double().norm())
+    found, exact = found.detach().double(), exact.detach().double()
+    return float((found - exact).norm() / exact.norm())
 
 
 @pytest.mark.parametrize(("dtype", "bits"), [(FINE, 3), (WIDE, 2)])
