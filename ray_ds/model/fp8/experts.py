@@ -31,7 +31,7 @@ class Fp8Experts(Experts):
     @classmethod
     def of(cls, experts: Experts) -> "Fp8Experts":
         """Return some with the parameters, the same objects, of others."""
-        layer = cls.__new__(cls)
+        layer = cls.__new__(cls)  # `__init__` wants a config, and makes parameters of its own
         layer.__dict__.update(experts.__dict__)
         return layer
 
