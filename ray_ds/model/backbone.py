@@ -67,20 +67,21 @@ class Backbone(nn.Module):
         rotary: Rotary,
         mask: Mask,
         cache: CacheRows | None = None,
-    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+    ) -> tuple[Tensor, list[Tensor]]:
         """Run one module of multi-token prediction.
 
         Args:
-            hidden: (B, T, D), this backbone's output or the states of the module before.
+            hidden: (B, T, D), this backbone's output or that of the module before; both come normed, as in
+                transformers' `MtpModel`, SGLang and TensorRT-LLM (vLLM hands on DeepSeek's states before the norm).
             ahead: (B, T), the token `depth` places behind each, of which the module predicts the successor.
             depth: number of the module, from 1.
         Returns:
-            What the output projection takes, (B, T, D); the states for the next module, (B, T, D); measured balances.
+            What the output projection and the next module take, (B, T, D); measured balances.
         """
         layer = cast(PredictionBlock, self.layers[self.config.num_hidden_layers + depth - 1])
         balances: list[Tensor] = []
         x = self._run(layer, layer.join(hidden, self.embed_tokens(ahead)), rotary, mask, cache, balances)
-        return layer.shared_head["norm"](x), x, balances
+        return layer.shared_head["norm"](x), balances
 
     def _run(
         self, layer: Block, x: Tensor, rotary: Rotary, mask: Mask, cache: CacheRows | None, balances: list[Tensor]

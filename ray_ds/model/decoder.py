@@ -113,8 +113,8 @@ class Decoder(nn.Module):
         if self.weights.prediction:
             for depth in range(1, 1 + self.config.num_nextn_predict_layers):
                 ahead, goals = look_ahead(tokens, targets, segments, depth)
-                output, hidden, more = self.model.predict(hidden, ahead, depth, rotary, mask)
-                prediction = prediction + self.lm_head(output, goals) / self.config.num_nextn_predict_layers
+                hidden, more = self.model.predict(hidden, ahead, depth, rotary, mask)
+                prediction = prediction + self.lm_head(hidden, goals) / self.config.num_nextn_predict_layers
                 balances = balances + more
         balance = hidden.new_zeros((), dtype=torch.float32)
         if balances:
@@ -144,6 +144,6 @@ class Decoder(nn.Module):
             Logits (B, T, V) in fp32 of the tokens behind `ahead`, and the states for the next module, (B, T, D).
         """
         rotary, mask = self.model.surroundings(ahead, None, cache)
-        output, states, _ = self.model.predict(hidden, ahead, depth, rotary, mask, cache)
-        logits: Tensor = self.lm_head(output)
+        states, _ = self.model.predict(hidden, ahead, depth, rotary, mask, cache)
+        logits: Tensor = self.lm_head(states)
         return logits.float(), states

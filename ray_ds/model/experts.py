@@ -1,6 +1,7 @@
 """DeepSeekMoE (arXiv 2401.06066): routed experts for some tokens beside shared experts for all."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +43,25 @@ def permute(x: Tensor, order: Tensor, inverse: Tensor, copies: int) -> Tensor:
     return rows
 
 
+class Layout(NamedTuple):
+    """Where the rows of a layer's M choices lie: those of an expert behind each other, expert 0's first."""
+
+    order: Tensor
+    """(M,): which of the N * K choices each row is for."""
+    inverse: Tensor
+    """(N * K,): the row of each choice."""
+    ends: Tensor
+    """(E,): where each expert's rows end."""
+
+
+def lay_out(chosen: Tensor, num_experts: int) -> Layout:
+    """Return where the rows of tokens lie that chose experts (N, K)."""
+    by_expert, order = chosen.flatten().sort(stable=True)  # (N * K,) each
+    inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    numbers = torch.arange(num_experts, device=chosen.device)
+    return Layout(order=order, inverse=inverse, ends=torch.searchsorted(by_expert, numbers, right=True))
+
+
 Elsewhere = Callable[[Callable[[Tensor, Tensor], Tensor], Tensor, Tensor], Tensor]
 """What has rows computed where their experts are, given how they are computed here, the rows and their ends."""
 
@@ -66,19 +86,19 @@ class Experts(nn.Module):
             weights: (N, K), any float type.
             chosen: (N, K), numbers of experts.
         """
-        num_tokens, num_experts_per_tok = chosen.shape
-        by_expert, order = chosen.flatten().sort(stable=True)  # (N * K,) each
-        inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-        numbers = torch.arange(self.num_experts, device=chosen.device)
-        ends = torch.searchsorted(by_expert, numbers, right=True)  # (E,): where each expert's rows end
-        rows = permute(x, order, inverse, num_experts_per_tok)  # (N * K, D)
+        layout = lay_out(chosen, self.num_experts)
+        rows = permute(x, layout.order, layout.inverse, chosen.shape[1])  # (N * K, D)
         # The grouped product takes other types than bf16 too, but waits for the device then.
         has_kernel = self.kernels == "fast" or rows.dtype == torch.bfloat16
         run = self._run_grouped if has_kernel and is_fast(self.kernels, rows) else self._run
-        rows = run(rows, ends) if self.elsewhere is None else self.elsewhere(run, rows, ends)  # (N * K, D)
-        parts = permute(rows, inverse, order, 1).view(num_tokens, num_experts_per_tok, -1)  # (N, K, D)
-        weighted: Tensor = parts * weights[..., None]
-        return weighted.sum(dim=1).to(x.dtype)  # (N, D)
+        made = run(rows, layout.ends) if self.elsewhere is None else self.elsewhere(run, rows, layout.ends)
+        return self.combine(made, weights, layout).to(x.dtype)
+
+    def combine(self, rows: Tensor, weights: Tensor, layout: Layout) -> Tensor:
+        """Return the weighted sum of each token's rows, (N, D), from all rows as they are laid out."""
+        parts = permute(rows, layout.inverse, layout.order, 1)  # (N * K, D)
+        weighted: Tensor = torch.unflatten(parts, 0, weights.shape) * weights[..., None]  # (N, K, D)
+        return weighted.sum(dim=1)  # (N, D)
 
     def _run(self, rows: Tensor, ends: Tensor) -> Tensor:
         """Return each expert's output for its slice of `rows` (N * K, D), one expert after the other."""

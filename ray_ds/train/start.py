@@ -46,7 +46,7 @@ def make_objective(task: TrainTask, device: torch.device) -> Objective:
         decoder.load_state_dict(_load(task.init_from, torch.float32, torch.device("cpu")).state_dict())
     if settings.fp8:
         _check_fp8(device)
-        to_fp8(decoder.model.layers)
+        to_fp8(decoder.model.layers, device)
     if settings.lora is not None:
         add_adapters(decoder, settings.lora, settings.seed)
     match settings.objective:

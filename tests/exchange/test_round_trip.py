@@ -118,7 +118,7 @@ def test_an_imported_model_answers_as_in_transformers(case: str, tmp_path: Path)
 
 
 @pytest.mark.shows("DeepSeek-V3's prediction module guesses as in transformers, to 1e-5, after import and export")
-def test_a_prediction_module_computes_as_in_transformers(tmp_path: Path) -> None:
+def test_prediction_modules_compute_as_in_transformers(tmp_path: Path) -> None:
     from transformers import DeepseekV3ForCausalLM
     from transformers.modeling_layers import MtpModel
 
@@ -129,15 +129,17 @@ def test_a_prediction_module_computes_as_in_transformers(tmp_path: Path) -> None
     # transformers looks for the published model's layer 61; this one has 3 layers.
     theirs._keys_to_ignore_on_load_unexpected = [r"model\.layers\.[34]\..*"]
     modules = MtpModel.from_pretrained(theirs, dtype=torch.float32).eval()
-    tokens = torch.randint(ours.config.vocab_size, (1, 25), generator=torch.Generator().manual_seed(5))
+    tokens = torch.randint(ours.config.vocab_size, (1, 26), generator=torch.Generator().manual_seed(5))
     with torch.no_grad():
-        hidden = theirs.model(tokens[:, :-1]).last_hidden_state
-        positions = torch.arange(1, 25)[None]
-        states = modules.forward_layer(0, hidden, positions, None, input_ids=tokens[:, 1:])
-        wanted = modules.shared_head(states)
-        found, _ = ours.draft(ours.hidden(tokens[:, :-1]), tokens[:, 1:])
-    assert wanted.std() > 0.05
-    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
+        states = theirs.model(tokens[:, :24]).last_hidden_state
+        hidden = ours.hidden(tokens[:, :24])
+        for depth in (1, 2):
+            positions, ahead = torch.arange(depth, depth + 24)[None], tokens[:, depth : depth + 24]
+            states = modules.forward_layer(depth - 1, states, positions, None, input_ids=ahead)
+            found, hidden = ours.draft(hidden, ahead, depth=depth)
+            wanted = modules.shared_head(states)
+            assert wanted.std() > 0.05
+            torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
 
 
 def test_the_expected_tensors_are_those_of_transformers(tmp_path: Path) -> None:

@@ -9,6 +9,8 @@ from ray_ds.config.presets import PRESETS
 from ray_ds.model.caches import SlotCache
 from ray_ds.model.decoder import Decoder, LossWeights
 from ray_ds.model.experts import Experts
+from ray_ds.model.fp8 import Fp8Experts, to_fp8
+from ray_ds.model.fp8.experts import grouped_product
 from ray_ds.model.initial import init_weights
 from tests.model import models
 from tests.model.models import KINDS
@@ -46,6 +48,67 @@ def test_grouped_kernels_compute_what_the_loop_does():
         results.append((out, *torch.autograd.grad(out.float().square().sum(), leaves)))
     for loop, grouped in zip(*results, strict=True):
         torch.testing.assert_close(grouped, loop, rtol=0.03, atol=0.03)
+
+
+def needs_hopper() -> None:
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("only Hopper has grouped products in FP8")
+
+
+def test_grouped_products_in_fp8_are_those_of_the_cpu():
+    needs_hopper()
+    offsets = torch.tensor([16, 64, 80, 208, 224, 256], dtype=torch.int32)
+    operands = (torch.randn(256, 128), torch.randn(6, 96, 128))
+    grad = torch.randn(256, 96).bfloat16()
+    results = []
+    for device in ("cpu", "cuda"):
+        rows, weights = (tensor.to(device, torch.bfloat16).requires_grad_() for tensor in operands)
+        out = grouped_product(rows, weights, offsets.to(device))
+        results.append([t.cpu().float() for t in (out, *torch.autograd.grad(out, (rows, weights), grad.to(device)))])
+    for cpu, cuda in zip(*results, strict=True):
+        assert (cuda - cpu).norm() < 5e-3 * cpu.norm()
+
+
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_experts_in_fp8_never_wait_and_are_near_those_in_bf16(is_compiled):
+    needs_hopper()
+    config = dataclasses.replace(CONFIG, hidden_size=256, moe_intermediate_size=128)
+    exact = Experts(config).to("cuda", torch.bfloat16)
+    for parameter in exact.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    fp8 = Fp8Experts.of(exact)
+    x = torch.randn(300, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    chosen = torch.rand(300, 14, device="cuda").topk(4).indices  # the last two of 16 experts get no token
+    shares, grad = torch.rand(300, 4, device="cuda"), torch.randn_like(x)
+    leaves = (x, *exact.parameters())
+    wanted = exact(x, shares, chosen)
+    gradients = torch.autograd.grad(wanted, leaves, grad)
+    layer = torch.compile(fp8, fullgraph=True) if is_compiled else fp8
+    torch.autograd.grad(layer(x, shares, chosen), leaves, grad)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = layer(x, shares, chosen)
+        results = torch.autograd.grad(found, leaves, grad)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for ours, theirs in zip((found, *results), (wanted, *gradients), strict=True):
+        assert (ours - theirs).float().norm() < 6**0.5 * 2**-4 / 3**0.5 * theirs.float().norm()
+    assert not results[1][-2:].any(), "an expert without tokens has a gradient of zero"
+
+
+def test_a_model_of_linears_and_experts_in_fp8_compiles_to_one_graph():
+    needs_hopper()
+    decoder = new_decoder(torch.bfloat16)
+    tokens, targets = batch()
+    before = decoder(tokens, targets).item()
+    layers = decoder.model.layers
+    assert to_fp8(layers, torch.device("cuda")) > 0
+    for layer in layers[1:]:
+        layer.mlp.experts = Fp8Experts.of(layer.mlp.experts)
+    loss = torch.compile(decoder, fullgraph=True)(tokens, targets)
+    loss.backward()
+    assert loss.item() == pytest.approx(before, rel=0.01)
+    assert all(parameter.grad is not None for parameter in decoder.parameters())
 
 
 def test_a_training_pass_in_bf16_never_waits_for_the_device():

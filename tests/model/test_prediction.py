@@ -40,8 +40,8 @@ def test_loss_is_that_of_the_paper_written_out():
         embedded = decoder.model.embed_tokens(tokens[:, depth:])
         joined = torch.cat((module.enorm(embedded), module.hnorm(hidden[:, :kept])), dim=-1) @ module.eh_proj.weight.T
         rotary, _ = decoder.model.surroundings(tokens[:, :kept])
-        hidden, _, _ = module(joined, rotary)
-        logits = decoder.lm_head(module.shared_head["norm"](hidden))
+        hidden = module.shared_head["norm"](module(joined, rotary)[0])
+        logits = decoder.lm_head(hidden)
         total = total + F.cross_entropy(logits.flatten(0, 1), targets[:, depth:].flatten(), reduction="sum")
     torch.testing.assert_close(loss, main + 0.3 / 2 * total, rtol=1e-5, atol=1e-3)
     torch.testing.assert_close(decoder.extra_losses, torch.stack((total / 2, torch.zeros(()))), rtol=1e-5, atol=1e-3)

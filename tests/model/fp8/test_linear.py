@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ray_ds.model.fp8 import FINE, WIDE, Fp8Linear, quantize, to_fp8
+from ray_ds.model.fp8 import Fp8Linear
+from ray_ds.model.fp8.numbers import FINE, WIDE, quantize
 
 ROWS, WIDTH, OUT = 64, 96, 48
 
@@ -18,7 +19,8 @@ def layer() -> Fp8Linear:
 
 
 def relative_error(found: Tensor, exact: Tensor) -> float:
-    return float((found.detach().double() - exact.double()).norm() / exact.double().norm())
+    found, exact = found.detach().double(), exact.detach().double()
+    return float((found - exact).norm() / exact.norm())
 
 
 @pytest.mark.parametrize(("dtype", "bits"), [(FINE, 3), (WIDE, 2)])
@@ -56,15 +58,6 @@ def test_output_and_gradients_are_near_those_of_the_exact_layer(layer: Fp8Linear
 def test_rows_of_an_odd_number_take_the_exact_way(layer: Fp8Linear) -> None:
     x = torch.randn(17, WIDTH, dtype=torch.bfloat16)
     assert torch.equal(layer(x), nn.functional.linear(x, layer.weight))
-
-
-def test_nothing_of_the_parameters_changes_but_the_products() -> None:
-    model = nn.ModuleDict({"even": nn.Linear(32, 48), "odd": nn.Linear(32, 7), "norm": nn.LayerNorm(32)})
-    before = dict(model.named_parameters())
-    assert to_fp8(model) == 1
-    after = dict(model.named_parameters())
-    assert before.keys() == after.keys() and all(after[name] is before[name] for name in before)
-    assert type(model["even"]) is Fp8Linear and type(model["odd"]) is nn.Linear
 
 
 def test_a_bad_number_stays_one(layer: Fp8Linear) -> None:
