@@ -126,12 +126,22 @@ def test_hung_worker_is_replaced_and_its_stacks_are_kept(cluster: Cluster, tmp_p
     assert "hang_once (" in stacks.read_text() and run.kinds().count("workers_lost") == 1
 
 
+@pytest.mark.shows("A job that waits for nodes ends when it is told to stop, by our own scaling and by Ray Train's")
+def test_stock_run_without_workers_stops_when_told(cluster: Cluster, tmp_path: Path) -> None:
+    bring_to(cluster, 1)
+    run = Run(tmp_path, num_workers=[3, 4], scaling="stock")
+    time.sleep(3)
+    assert run.error is None and not run.records
+    run.end()
+    assert isinstance(run.error, TrainingStopped) and run.error.step is None
+
+
 def test_stock_scaling_is_ray_trains_own(cluster: Cluster, tmp_path: Path) -> None:
     bring_to(cluster, 1)
     stock = make_task(tmp_path, make_settings(num_workers=[1, 2], scaling="stock"))
-    assert type(trainer._make_trainer(stock, str(tmp_path), "name", None, None)) is TorchTrainer
+    assert type(trainer._make_trainer(stock, str(tmp_path), "name", None, None, print)) is TorchTrainer
     ours = make_task(tmp_path, make_settings(num_workers=[1, 2]))
-    assert type(trainer._make_trainer(ours, str(tmp_path), "name", None, None)) is ElasticTorchTrainer
+    assert type(trainer._make_trainer(ours, str(tmp_path), "name", None, None, print)) is ElasticTorchTrainer
     run = Run(tmp_path, scaling="stock", steps=5)
     run.thread.join(200)
     assert run.result is not None and run.steps == [1, 2, 3, 4, 5]
