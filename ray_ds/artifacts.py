@@ -286,7 +286,8 @@ class StageRun:
     named: Mapping[str, Artifact] = dataclasses.field(default_factory=dict)
     """Further inputs, by the key of the step that names them, such as `init_from`."""
     check_alone: Callable[[], None] = lambda: None
-    """Raises where another job has taken over this run, so that nothing of its is overwritten."""
+    """Raises where another job has taken over this run; may be sent to another process. Call it right before what that
+    job must not find written or deleted."""
 
     def input(self, *kinds: type[A]) -> A:
         """Return the input artefact that is of one of the given kinds."""
@@ -304,8 +305,11 @@ class StageRun:
         return storage.join(self.uri, WORK, *parts)
 
     def commit(self, facts: Mapping[str, JsonValue], *, seconds: float, sources: Sequence[SourceFile] = ()) -> Artifact:
-        """Hash the folder's files, write the manifest last and atomically, and return the finished artefact."""
-        self.check_alone()
+        """Hash the folder's files, write the manifest last and atomically, and return the finished artefact.
+
+        Raises:
+            TakenOverError: another job has taken over this run; no manifest is written.
+        """
         entries = [
             entry
             for entry in storage.list_files(self.uri)
@@ -330,5 +334,6 @@ class StageRun:
             package_version=__version__,
         )
         data = json.dumps(dataclasses.asdict(manifest), indent=1, ensure_ascii=False).encode()
+        self.check_alone()
         storage.write_bytes(self.path(MANIFEST), data + b"\n")
         return open_artifact(self.uri, [KINDS[self.kind]])

@@ -192,17 +192,26 @@ def run_step(recipe: Recipe, step: Step) -> None:
     Raises:
         ClusterError: another job is at work on this step.
     """
-    if (finished := find_finished(recipe, step)) is not None:
-        log_event("skipped", step=step.name, reason="finished", uri=finished.uri)
+    if _is_finished(recipe, step):
         return
     run = prepare_run(recipe, step)
     stage: Callable[[Any, Any], Any] = load_object(step.stage.function)
     load_object("ray_ds.on_ray.session:connect")()
     load_object("ray_ds.on_ray.stopping:end_on_sigterm")()
     with load_object("ray_ds.on_ray.run_lock:lock_run")(run.uri) as lock:
+        if _is_finished(recipe, step):  # by a job that had the folder until now
+            return
         log_event("started", step=step.name, uri=run.uri)
         artifact = stage(step.settings, replace(run, check_alone=lock.check))
     log_event("finished", step=step.name, uri=artifact.uri, seconds=artifact.manifest.seconds)
+
+
+def _is_finished(recipe: Recipe, step: Step) -> bool:
+    """Tell whether a step's artefact is finished, and say so."""
+    if (finished := find_finished(recipe, step)) is None:
+        return False
+    log_event("skipped", step=step.name, reason="finished", uri=finished.uri)
+    return True
 
 
 def _load(options: argparse.Namespace, overrides: Sequence[str]) -> Recipe:

@@ -55,6 +55,10 @@ class ClusterError(UserError):
     """The Ray cluster cannot run what the recipe asks for."""
 
 
+class TakenOverError(ClusterError):
+    """Another job has taken over a step's folder: this one must write, and delete, nothing there any more."""
+
+
 class StorageRefused(UserError, OSError):
     """A disk or an object store will not do what is asked until somebody mends it: it is full, a key is wrong."""
 

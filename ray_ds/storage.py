@@ -125,7 +125,7 @@ def write_bytes(uri: str, data: bytes) -> None:
     """
     if is_remote(uri):
         system, path = filesystem(uri)
-        with failures_named(uri), system.open_output_stream(path) as stream:
+        with failures_named(uri), system.open_output_stream(path, compression=None) as stream:
             stream.write(data)
         return
     with failures_named(uri):

@@ -25,6 +25,14 @@ OUTPUT_UNCHANGED = _OutputUnchanged()
 """Marks a field that cannot change what a stage writes: `num_workers: Annotated[int, OUTPUT_UNCHANGED] = 2`."""
 
 
+@dataclasses.dataclass(frozen=True)
+class OutputUnchangedUnless:
+    """Marks a field that can change what a stage writes only where another one of its class has a certain value."""
+
+    field: str
+    value: JsonValue
+
+
 @dataclass_transform(frozen_default=True, kw_only_default=True)
 def settings(cls: type[T]) -> type[T]:
     """Make `cls` a frozen, keyword-only dataclass that refuses unknown fields and knows its fields' docstrings."""
@@ -125,7 +133,7 @@ def digest_settings(value: Any) -> JsonValue:
         return {
             field.name: digest_settings(getattr(value, field.name))
             for field in dataclasses.fields(value)
-            if OUTPUT_UNCHANGED not in getattr(hints[field.name], "__metadata__", ())
+            if not any(_leaves_out(mark, value) for mark in getattr(hints[field.name], "__metadata__", ()))
         }
     if isinstance(value, (list, tuple)):
         return [digest_settings(item) for item in value]
@@ -134,6 +142,13 @@ def digest_settings(value: Any) -> JsonValue:
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     raise TypeError(f"settings hold {type(value).__name__}, which has no digest")
+
+
+def _leaves_out(mark: object, owner: Any) -> bool:
+    """Tell whether a field's mark says that it cannot change the output of a stage with these settings."""
+    if isinstance(mark, OutputUnchangedUnless):
+        return bool(getattr(owner, mark.field) != mark.value)
+    return mark is OUTPUT_UNCHANGED
 
 
 def fill_or_refuse(value: object, name: str, default: Any, *, unused: str | None) -> None:

@@ -13,7 +13,7 @@ from ray_ds.config.model_settings import ModelSettings
 from ray_ds.config.objective import Lora, NextToken, Objective
 from ray_ds.config.optimizer import AdamW, Optimizer, Schedule
 from ray_ds.config.parallel import AXES, Choice, Offload, Parallel, check_sizes, refusal
-from ray_ds.config.settings import OUTPUT_UNCHANGED, fill_or_refuse, settings
+from ray_ds.config.settings import OUTPUT_UNCHANGED, OutputUnchangedUnless, fill_or_refuse, settings
 from ray_ds.errors import ConfigError
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -97,9 +97,9 @@ class TrainSettings:
     """Shards whose rows are mixed: as many as a node should have at hand at a time."""
     shard_cache_bytes: Annotated[PositiveInt, OUTPUT_UNCHANGED] = 64 << 30
     """Bytes that shards from an object store may take on a node's disk, of all runs together; at least two windows."""
-    checkpoint_every: Annotated[PositiveInt, OUTPUT_UNCHANGED] = 500
+    checkpoint_every: Annotated[PositiveInt, OutputUnchangedUnless("bad_loss", "roll_back")] = 500
     """Steps between regular checkpoints of all state; more are written when the workers are told to stop. With
-    `bad_loss = "roll_back"` it says where a roll back goes to."""
+    `bad_loss = "roll_back"` it says where a roll back goes to, so that another number makes another artefact."""
     keep_checkpoints: Annotated[PositiveInt, OUTPUT_UNCHANGED] = 2
     """Checkpoints kept; the older ones are deleted. Two survive one that is damaged."""
     keep_best: Annotated[bool, OUTPUT_UNCHANGED] = False

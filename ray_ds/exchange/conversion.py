@@ -143,7 +143,11 @@ def local_folder(uri: str) -> Iterator[Path]:
 def move_file(path: Path, uri: str) -> None:
     """Move a local file to an object store."""
     system, target = storage.filesystem(uri)
-    with storage.failures_named(uri), open(path, "rb") as file, system.open_output_stream(target) as stream:
+    with (
+        storage.failures_named(uri),
+        open(path, "rb") as file,
+        system.open_output_stream(target, compression=None) as stream,
+    ):
         while block := file.read(storage.HASH_BLOCK_BYTES):
             stream.write(block)
     path.unlink()

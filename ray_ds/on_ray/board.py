@@ -3,6 +3,7 @@
 It lives on the driver's node, outlives the workers, and ends with the job.
 """
 
+import math
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -47,6 +48,8 @@ class News:
 
     records: Sequence[Mapping[str, float]]
     events: Sequence[Event]
+    silent_s: float
+    """Time since a worker was heard of, in seconds; infinite before the first one was."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -74,6 +77,8 @@ class Board:
     _events: list[Event] = field(default_factory=list)
     _is_stepping: bool = False
     _is_lost: bool = False
+    _heard_at: float = -math.inf
+    """By the monotonic clock."""
 
     def begin(self, num_workers: int) -> None:
         """Note that a new group starts; what its predecessor was asked is done, unless it was to stop."""
@@ -93,10 +98,12 @@ class Board:
         if self.attempt == 0 or rank in self._workers:
             self.begin(num_workers)
         self._workers[rank] = _Worker()
+        self._heard_at = time.monotonic()
         return self.attempt
 
     def beat(self, attempt: int, rank: int, place: str) -> Request:
         """Note where a worker is; return what is asked of it."""
+        self._heard_at = time.monotonic()
         worker = self._worker(attempt, rank)
         if worker is not None:
             worker.place = place
@@ -160,7 +167,8 @@ class Board:
     def collect(self, num_events: int) -> News:
         """Return the events behind the first `num_events`, and all figures since the last call."""
         records, self._records = self._records, []
-        return News(records=records, events=self._events[num_events:])
+        silent_s = time.monotonic() - self._heard_at
+        return News(records=records, events=self._events[num_events:], silent_s=silent_s)
 
     def _worker(self, attempt: int, rank: int) -> _Worker | None:
         """Return a worker of the present group; None for one of an older group, or of one that is given up."""

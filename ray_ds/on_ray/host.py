@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import ray
@@ -27,14 +27,24 @@ class RayHost:
         run_id: names the run's keepers.
         board: the run's notice board.
         keeps_snapshots: whether the keepers take snapshots too.
+        check_alone: as `StageRun.check_alone`.
     """
 
-    def __init__(self, device: torch.device, run_id: str, board: Any, *, keeps_snapshots: bool) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        run_id: str,
+        board: Any,
+        *,
+        keeps_snapshots: bool,
+        check_alone: Callable[[], None],
+    ) -> None:
         context = ray.train.get_context()
         self.rank: int = context.get_world_rank()
         self.world_size: int = context.get_world_size()
         self.device = device
         self._board = board
+        self._check_alone = check_alone
         attempts, nodes = self._meet(ray.get(board.join.remote(self.rank, self.world_size)))
         self._attempt = attempt = max(attempts)
         self.snapshots: SnapshotStore | None = None
@@ -68,6 +78,10 @@ class RayHost:
             self._is_stepping = True
             self._board.stepping.remote(self._attempt, step)
         self._pulse.beat(place)
+
+    def check_alone(self) -> None:
+        """Make sure that no other job has taken over the run."""
+        self._check_alone()
 
     def safe(self, step: int) -> None:
         """Say that the state is safe and wait; return only when told to stop."""

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 import pydantic
 
 from ray_ds import storage
-from ray_ds.errors import ClusterError
+from ray_ds.errors import ClusterError, TakenOverError
 from ray_ds.logs import log_event
 
 RENEW_S = 5.0
@@ -91,21 +91,25 @@ def refusal(run_uri: str, owner: Owner, *, is_here: bool) -> ClusterError:
 
 
 def check_lease(run_uri: str, token: str) -> None:
-    """Make sure that a run directory still belongs to the owner with this token.
+    """Make sure that a run directory still belongs to the owner with this token, by a look at its lease.
+
+    Call it, in any process, right before what another owner must not find written or deleted. Storage has no write on
+    condition, so an owner that is suspended between the look and the write is not kept from it.
 
     Raises:
-        ClusterError: it does not.
+        TakenOverError: it does not.
+        OSError: storage does not answer, so that nobody knows.
     """
     lease = read_lease(run_uri)
     if lease is None or lease.owner.token != token:
         raise lost(run_uri, lease)
 
 
-def lost(run_uri: str, lease: Lease | None) -> ClusterError:
+def lost(run_uri: str, lease: Lease | None) -> TakenOverError:
     """Return the error of a job that has lost its run directory to another one."""
     taker = f"and {lease.owner} has taken it over" if lease is not None else "and its lease is gone"
     action = "let that job go on, or stop it and submit this one again"
-    return ClusterError("run_dir", run_uri, f"must still belong to this job, {taker}", action)
+    return TakenOverError("run_dir", run_uri, f"must still belong to this job, {taker}", action)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -127,7 +131,6 @@ class LeaseFile:
     def __init__(self, run_uri: str, owner: Owner, clock: Clock | None = None) -> None:
         self._run_uri, self._owner, self._clock = run_uri, owner, clock or Clock()
         self._renewals = 0
-        self._confirmed = float("-inf")
 
     def acquire(self) -> None:
         """Take the lease; where a job of another cluster has it, wait until that one shows that it lives, or is dead.
@@ -150,21 +153,11 @@ class LeaseFile:
         """Say that the owner lives.
 
         Raises:
-            ClusterError: another job has taken the lease.
+            TakenOverError: another job has taken the lease.
             OSError: storage does not answer.
         """
         check_lease(self._run_uri, self._owner.token)
         self._write()
-
-    def check(self) -> None:
-        """Make sure that nobody can have taken the lease: it was renewed lately, or is now.
-
-        Raises:
-            ClusterError: another job has it, since this one could not renew it in time.
-            OSError: storage does not answer.
-        """
-        if self._clock.wall() - self._confirmed > LEASE_S / 2:
-            self.renew()
 
     def release(self) -> None:
         """Give the lease back, unless another job has taken it."""
@@ -174,11 +167,9 @@ class LeaseFile:
             system.delete_file(path)
 
     def _write(self) -> None:
-        now = self._clock.wall()
         self._renewals += 1
-        lease = Lease(owner=self._owner, renewed=now, renewals=self._renewals)
+        lease = Lease(owner=self._owner, renewed=self._clock.wall(), renewals=self._renewals)
         storage.write_bytes(lease_uri(self._run_uri), json.dumps(asdict(lease), indent=1).encode())
-        self._confirmed = now
 
     def _outlive(self, found: Lease) -> None:
         """Return once the owner of a lease must be dead.

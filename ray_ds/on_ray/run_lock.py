@@ -9,7 +9,9 @@ import secrets
 import socket
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -17,9 +19,9 @@ import ray
 from ray.exceptions import GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from ray_ds.errors import ClusterError
+from ray_ds.errors import ClusterError, TakenOverError
 from ray_ds.logs import log_event
-from ray_ds.on_ray.lease import LEASE_S, RENEW_S, Clock, LeaseFile, Owner, read_lease, refusal
+from ray_ds.on_ray.lease import LEASE_S, RENEW_S, Clock, LeaseFile, Owner, check_lease, read_lease, refusal
 from ray_ds.on_ray.session import NAMESPACE
 
 ANSWER_TIMEOUT_S = 10.0
@@ -81,14 +83,16 @@ class RunLock:
         self._name = f"run-{hashlib.sha256(run_uri.rstrip('/').encode()).hexdigest()[:24]}"
         self._file = LeaseFile(run_uri, owner, clock)
         self._holder: Any = None
-        self._failure: ClusterError | None = None
         self._is_released = threading.Event()
         self._thread = threading.Thread(target=self._renew, daemon=True)
 
     @property
-    def token(self) -> str:
-        """What `check_lease` needs to tell, in any process, whether this job still has the run directory."""
-        return self._owner.token
+    def check(self) -> Callable[[], None]:
+        """What tells whether this job still has the run directory, here or in a process that it is sent to.
+
+        See `check_lease`, which it calls.
+        """
+        return partial(check_lease, self._run_uri, self._owner.token)
 
     def __enter__(self) -> "RunLock":
         self._holder = self._take_name()
@@ -108,17 +112,6 @@ class RunLock:
         with suppress(OSError):  # the lease ends by itself
             self._file.release()
         self._give_name_back()
-
-    def check(self) -> None:
-        """Make sure that this job still has the run directory; call it before writing what others might write too.
-
-        Raises:
-            ClusterError: another job has taken it, since this one was suspended for long.
-            OSError: storage does not answer, so that nobody knows.
-        """
-        if self._failure is not None:
-            raise self._failure
-        self._file.check()
 
     def _take_name(self) -> Any:
         """Return the actor whose name is the lock of this run directory in this cluster."""
@@ -158,8 +151,7 @@ class RunLock:
         while not self._is_released.wait(RENEW_S):
             try:
                 self._file.renew()
-            except ClusterError as error:
-                self._failure = error
+            except TakenOverError as error:
                 log_event("run_dir_lost", reason=str(error))
                 return
             except OSError as error:

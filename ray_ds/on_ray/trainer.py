@@ -1,5 +1,6 @@
 """Ray Train around the training loop: workers, their replacement when lost, and word of how far they are."""
 
+import math
 import os
 import threading
 import time
@@ -29,6 +30,8 @@ from ray_ds.train.task import Stopped, TrainResult, TrainTask
 POLL_S = 0.5
 MIN_PAUSE_TIMEOUT_S = 600.0
 """A pause needs a whole step and a checkpoint on storage."""
+SILENT_S = 20.0
+"""Time without a word of any worker after which none runs; workers speak twice a second."""
 HANGS = "hangs"
 """Folder of the stack traces of workers that hung."""
 MALLOC_ENV = {
@@ -72,6 +75,7 @@ def train_on_ray(
     on_report: Report,
     on_event: OnEvent = log_board,
     stop: threading.Event | None = None,
+    check_alone: Callable[[], None] = lambda: None,
     loop: TrainLoop | None = None,
 ) -> TrainResult:
     """Run a training task on workers of the cluster and return what they say at the end.
@@ -85,6 +89,7 @@ def train_on_ray(
         on_report: called here with a step's figures, every `log_every` steps.
         on_event: called here with what happens to the workers.
         stop: once set, the workers make their state safe on storage and end.
+        check_alone: as `StageRun.check_alone`; the workers call it.
         loop: what a worker runs, if not `ray_ds.train.loop.train`.
     Raises:
         TrainingStopped: `stop` was set, and training stopped before its last step.
@@ -96,16 +101,19 @@ def train_on_ray(
     board = open_board(f"board-{name}")
     fleet = KeeperFleet(name)
     hang_watch = HangWatch(task.settings.hang_timeout_s, fleet, storage.join(work, HANGS))
-    trainer = _make_trainer(task, work, name, board, loop)
+    trainer = _make_trainer(task, work, name, board, loop, check_alone)
     outcome: Future[ray.train.Result] = Future()
     threading.Thread(target=_fit, args=(trainer, outcome), daemon=True).start()
     watch = _Watch(board, on_report, on_event)
+    is_stock = task.settings.scaling == "stock"
     try:
         while not outcome.done():
             if stop is not None and stop.is_set():
                 board.ask.remote(Request.STOP, "the job was told to stop")
             _look_after(fleet, hang_watch)
             watch.pass_on()
+            if stop is not None and stop.is_set() and is_stock and watch.silent_s > SILENT_S:
+                raise TrainingStopped(None)  # our own policy says so itself; Ray Train's cannot be asked
             time.sleep(POLL_S)
         watch.pass_on()
     finally:
@@ -151,10 +159,13 @@ class _Watch:
         self._on_report = on_report
         self._on_event = on_event
         self._num_events = 0
+        self.silent_s = math.inf
+        """Time since a worker was heard of."""
 
     def pass_on(self) -> None:
         """Hand over what is new."""
         news: News = ray.get(self._board.collect.remote(self._num_events))
+        self.silent_s = news.silent_s
         self._num_events += len(news.events)
         for record in news.records:
             self._on_report(record)
@@ -162,7 +173,9 @@ class _Watch:
             self._on_event(event)
 
 
-def _make_trainer(task: TrainTask, work: str, name: str, board: Any, loop: TrainLoop | None) -> TorchTrainer:
+def _make_trainer(
+    task: TrainTask, work: str, name: str, board: Any, loop: TrainLoop | None, check_alone: Callable[[], None]
+) -> TorchTrainer:
     """Return a trainer whose run has a new name, so that it finds nothing of Ray's about an earlier attempt.
 
     Ray would take up its own list of checkpoints otherwise, which it does not write atomically (Ray 2.60,
@@ -173,7 +186,13 @@ def _make_trainer(task: TrainTask, work: str, name: str, board: Any, loop: Train
     is_stock = settings.scaling == "stock"
     system, path = storage.filesystem(work)
     options = {
-        "train_loop_config": {"task": task.to_dict(), "board": board, "loop": loop, "run_id": name},
+        "train_loop_config": {
+            "task": task.to_dict(),
+            "board": board,
+            "loop": loop,
+            "run_id": name,
+            "check_alone": check_alone,
+        },
         "scaling_config": ScalingConfig(
             num_workers=settings.num_workers,
             use_gpu=is_cuda,
@@ -249,7 +268,13 @@ def _run_worker(config: dict[str, Any]) -> int | dict[str, Any]:
     setup_logging()
     keeps_snapshots = task.settings.snapshot_every != 0
     device = ray.train.torch.get_device()
-    host = RayHost(device, config["run_id"], config["board"], keeps_snapshots=keeps_snapshots)
+    host = RayHost(
+        device,
+        config["run_id"],
+        config["board"],
+        keeps_snapshots=keeps_snapshots,
+        check_alone=config["check_alone"],
+    )
     loop: TrainLoop | None = config["loop"]
     if loop is None:
         from ray_ds.train.loop import train  # brings DeepSpeed, which reads DS_ACCELERATOR when it is imported

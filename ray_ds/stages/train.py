@@ -52,7 +52,9 @@ def train(settings: TrainSettings, run: StageRun) -> Artifact:
         progress.update(int(record["step"]), **{name: latest[name] for name in SHOWN if name in latest})
 
     with stop_request() as stop:
-        result = train_on_ray(task, work=run.work_path("ray_train"), on_report=show, stop=stop)
+        result = train_on_ray(
+            task, work=run.work_path("ray_train"), on_report=show, stop=stop, check_alone=run.check_alone
+        )
     log_event("trained", **vars(result))
     facts = {
         **vars(result),

@@ -98,6 +98,14 @@ class Host(Protocol):
     def beat(self, place: str) -> None:
         """Say that this process is alive and where it is, such as `step 12 micro-batch 3`; costs next to nothing."""
 
+    def check_alone(self) -> None:
+        """Make sure that no other job has taken over the run; call it right before what that job must not find changed.
+
+        Raises:
+            TakenOverError: one has.
+            OSError: storage does not answer, so that nobody knows.
+        """
+
     def safe(self, step: int) -> None:
         """Say that the state after `step` is safe and this process will do no more; waits until it is ended.
 

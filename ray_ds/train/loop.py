@@ -303,6 +303,7 @@ class TrainLoop:
         state: dict[str, Tensor] = self.engine.full_state()
         records: list[Record] = self.metrics.records
         if self.host.rank == 0:
+            self.host.check_alone()
             export_model(state, self.task, DTYPES[self.settings.precision])
             storage.write_bytes(storage.join(self.task.output, METRICS), encode(records).encode())
             storage.write_bytes(storage.join(self.task.output, "curve.png"), draw_curve(records))

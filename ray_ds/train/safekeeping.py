@@ -54,6 +54,7 @@ class Safekeeping:
             keep=settings.keep_checkpoints,
             keep_best=settings.keep_best,
             every=settings.checkpoint_every,
+            check_alone=host.check_alone,
         )
         self._store = host.snapshots if settings.snapshot_every != 0 else None
         self._cadence = SnapshotCadence(settings.snapshot_every, is_speaking=host.rank == 0)
@@ -78,6 +79,7 @@ class Safekeeping:
 
         Raises:
             ArtifactError: there are checkpoints, and all are damaged.
+            TakenOverError: another job has taken over the run.
         """
         commit, snapshot_step = self._choose()
         self._committed = commit.step if commit is not None else 0
@@ -95,11 +97,13 @@ class Safekeeping:
 
         Raises:
             ArtifactError: there are such checkpoints, and all are damaged.
+            TakenOverError: another job has taken over the run.
         """
         self._writer.join()
         dist.barrier()  # every process's part is written, or failed
         commit: Commit | None = None
         if self._host.rank == 0:
+            self._host.check_alone()
             commit = find_latest(self._root, every=self._settings.checkpoint_every)
             if commit is not None:
                 delete_newer(self._root, commit.step)
@@ -123,6 +127,7 @@ class Safekeeping:
         if self._host.rank:
             nothing: tuple[Commit | None, int | None] = (None, None)
             return _broadcast(nothing)
+        self._host.check_alone()
         commit = find_latest(self._root)
         step = self._store.newest_whole() if self._store is not None else None
         is_newer = step is not None and (commit is None or step > commit.step)
@@ -177,6 +182,7 @@ class Safekeeping:
 
         Raises:
             ArtifactError: checkpoints could not be written several times in a row.
+            TakenOverError: another job has taken over the run.
         """
         self.checkpoint_s, self.snapshot_s = 0.0, 0.0
         if word.has_failed:

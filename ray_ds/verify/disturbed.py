@@ -41,6 +41,10 @@ class WatchedHost:
         """Say where this process is."""
         self._host.beat(place)
 
+    def check_alone(self) -> None:
+        """Make sure that no other job has taken over the run."""
+        self._host.check_alone()
+
     def safe(self, step: int) -> None:
         """Say that the state is safe."""
         self._host.safe(step)

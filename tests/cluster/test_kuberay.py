@@ -135,7 +135,7 @@ def test_the_job_s_overrides_fit_the_recipe_that_its_comment_names() -> None:
 def test_the_service_is_one_that_serve_takes() -> None:
     config = ServeDeploySchema.model_validate(yaml.safe_load(load("rayservice.yaml")["spec"]["serveConfigV2"]))
     (application,) = config.applications
-    assert application.import_path == "served_model:application"
+    assert application.import_path == "ray_ds.on_ray.served_model:application"
     settings = decode_settings(ServeSettings, application.args["settings"], where="args.settings")
     assert settings.host == config.http_options.host and settings.port == config.http_options.port
     for template in pod_templates(load("rayservice.yaml"))[1]:

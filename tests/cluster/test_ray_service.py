@@ -46,9 +46,8 @@ def model(tmp_path: Path) -> Artifact:
 
 @pytest.fixture
 def cluster() -> Iterator[RayProcesses]:
-    """A head whose import path holds served_model.py, as the image's does, and whose environment the key."""
-    path = f"{CLUSTER / 'kuberay'}:{PROJECT}"
-    environment = {"RAY_AUTH_MODE": "disabled", "PYTHONPATH": path, "RAY_DS_API_KEY": API_KEY}
+    """A head that has the package and, in its environment, the key."""
+    environment = {"RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(PROJECT), "RAY_DS_API_KEY": API_KEY}
     with tempfile.TemporaryDirectory(prefix="serve") as folder:
         nodes = RayProcesses(Path(folder), environment)
         try:

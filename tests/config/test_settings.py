@@ -4,6 +4,7 @@ import pytest
 
 from ray_ds.config.settings import (
     OUTPUT_UNCHANGED,
+    OutputUnchangedUnless,
     as_json,
     decode_settings,
     digest_settings,
@@ -35,6 +36,14 @@ class Outer:
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ConfigError("steps", self.steps, "must be at least 1", "raise it")
+
+
+@settings
+class Search:
+    kind: Literal["greedy", "beam"] = "greedy"
+    """How to search."""
+    beams: Annotated[int, OutputUnchangedUnless("kind", "beam")] = 4
+    """Its width."""
 
 
 def test_toml_values_become_settings() -> None:
@@ -69,6 +78,8 @@ def test_errors_name_field_value_allowed_and_action(raw: dict[str, object], mess
 def test_the_digest_leaves_out_what_cannot_change_the_output() -> None:
     assert digest_settings(Outer(steps=1, num_workers=1)) == digest_settings(Outer(steps=1, num_workers=9))
     assert digest_settings(Outer(steps=1)) != digest_settings(Outer(steps=2))
+    assert digest_settings(Search(beams=1)) == digest_settings(Search(beams=9)) == {"kind": "greedy"}
+    assert digest_settings(Search(kind="beam", beams=9)) == {"kind": "beam", "beams": 9}
 
 
 def test_fields_carry_their_docstrings() -> None:

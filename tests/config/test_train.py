@@ -211,6 +211,16 @@ def test_only_what_changes_the_model_is_in_the_digest() -> None:
         assert digest_settings(decode(**{name: value})) != plain, name
 
 
+@pytest.mark.shows("How often checkpoints are written is no part of a model's digest, but where a roll back goes to is")
+def test_where_a_roll_back_goes_to_is_in_the_digest() -> None:
+    often, seldom = (decode(bad_loss="roll_back", checkpoint_every=every) for every in (100, 500))
+    assert digest_settings(often) != digest_settings(seldom)
+    for bad_loss in ("fail", "skip"):
+        often, seldom = (decode(bad_loss=bad_loss, checkpoint_every=every) for every in (100, 500))
+        assert digest_settings(often) == digest_settings(seldom)
+        assert "checkpoint_every" not in digest_settings(often)  # type: ignore[operator]
+
+
 def test_extra_losses_have_the_weights_that_deepseek_gives_them() -> None:
     v3, dense = decode(model={"preset": "tiny", "num_nextn_predict_layers": 1}), decode(model={"preset": "demo_dense"})
     assert (v3.balance_weight, v3.prediction_weight, v3.router_bias_speed) == (1e-4, 0.3, 1e-3)

@@ -26,7 +26,7 @@ MIB = 1 << 20
 @pytest.mark.shows("`s3://bucket/x` works on any S3-compatible store: its address is `AWS_ENDPOINT_URL`")
 def test_a_file_comes_back_as_it_was_written(folder: str) -> None:
     data = os.urandom(12 * MIB + 17)
-    for name, content in (("big", data), ("small", b"x"), ("empty", b"")):
+    for name, content in (("big", data), ("small", b"x"), ("empty", b""), ("text.gz", b"as it is")):
         uri = storage.join(folder, name)
         storage.write_bytes(uri, content)
         assert storage.read_bytes(uri) == content
@@ -35,6 +35,7 @@ def test_a_file_comes_back_as_it_was_written(folder: str) -> None:
         storage.FileEntry(path="big", bytes=len(data)),
         storage.FileEntry(path="empty", bytes=0),
         storage.FileEntry(path="small", bytes=1),
+        storage.FileEntry(path="text.gz", bytes=8),
     ]
 
 

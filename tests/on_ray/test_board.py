@@ -1,3 +1,7 @@
+import math
+
+import pytest
+
 from ray_ds.on_ray.board import Board
 from ray_ds.train.host import Request
 
@@ -81,3 +85,16 @@ def test_groups_that_nobody_announces_are_told_apart_by_workers_that_come_again(
     board = Board()
     assert [board.join(rank, 2) for rank in (1, 0)] == [1, 1]
     assert [board.join(rank, 3) for rank in (0, 2, 1)] == [2, 2, 2]
+
+
+def test_the_board_knows_for_how_long_no_worker_was_heard_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr("ray_ds.on_ray.board.time.monotonic", lambda: now)
+    board = Board()
+    assert board.collect(0).silent_s == math.inf
+    board.join(0, 1)
+    now = 107.0
+    assert board.collect(0).silent_s == 7
+    board.beat(board.attempt, 0, "step 1")
+    now = 109.0
+    assert board.collect(0).silent_s == 2

@@ -228,6 +228,15 @@ def test_leaves_a_draining_node_at_once_and_only_with_a_safe_state(monkeypatch: 
     assert cluster.ask() == 2
 
 
+def test_a_whole_group_goes_where_one_of_its_nodes_drains(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = Cluster(monkeypatch, 4, allowed=(2, 4))
+    assert cluster.start() == 4
+    cluster.draining = {"node1"}
+    assert cluster.ask() == 0 and cluster.board.request is Request.PAUSE
+    cluster.say_safe()
+    assert cluster.ask() == 2
+
+
 def test_a_draining_node_without_workers_of_ours_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     cluster = Cluster(monkeypatch, 1, grow_pause_s=0.0)
     assert cluster.start() == 1

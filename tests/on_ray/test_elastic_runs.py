@@ -10,11 +10,11 @@ from ray.train.torch import TorchTrainer
 from ray.train.v2.api.exceptions import WorkerGroupError
 
 from ray_ds.on_ray import trainer
-from ray_ds.on_ray.elastic import ElasticTorchTrainer
+from ray_ds.on_ray.elastic import SETTLE_S, ElasticTorchTrainer
 from ray_ds.on_ray.trainer import TrainingStopped
 from ray_ds.train.host import Host
 from ray_ds.train.task import Stopped, TrainResult, TrainTask
-from tests.on_ray.elastic_runs import Run, bring_to, count_steps, drain_node, kill_node, worker_node_ids
+from tests.on_ray.elastic_runs import STEP_S, Run, bring_to, count_steps, drain_node, kill_node, worker_node_ids
 from tests.on_ray.two_nodes import start_cluster
 from tests.train.runs import make_settings, make_task
 
@@ -37,6 +37,24 @@ def test_joined_node_is_used_and_no_step_is_lost(cluster: Cluster, tmp_path: Pat
     run.end()
     assert run.steps == list(range(1, len(run.steps) + 1)), "a step was lost or done twice"
     assert run.kinds().count("workers_started") == 2
+
+
+@pytest.mark.shows(
+    "A model divided over two workers grows by whole groups: one node that joins changes nothing, two do"
+)
+def test_nodes_are_used_once_a_whole_group_of_them_has_joined(cluster: Cluster, tmp_path: Path) -> None:
+    bring_to(cluster, 2)
+    run = Run(tmp_path, num_workers=[2, 4], parallel={"expert": 2})
+    run.wait_until(lambda run: run.workers == 2)
+    bring_to(cluster, 3)
+    before = len(run.steps)
+    run.wait_until(lambda run: len(run.steps) > before + (SETTLE_S + 3) / STEP_S)
+    assert run.workers == 2 and "pause_asked" not in run.kinds()
+    bring_to(cluster, 4)
+    run.wait_until(lambda run: run.workers == 4)
+    run.end()
+    assert run.steps == list(range(1, len(run.steps) + 1)), "a step was lost or done twice"
+    assert [event.facts["workers"] for event in run.events if event.kind == "workers_started"] == [2, 4]
 
 
 @pytest.mark.shows("Training leaves a node that drains (`ray drain-node`, spot notice) in time, without losing a step")
@@ -129,9 +147,20 @@ def test_hung_worker_is_replaced_and_its_stacks_are_kept(cluster: Cluster, tmp_p
 def test_stock_scaling_is_ray_trains_own(cluster: Cluster, tmp_path: Path) -> None:
     bring_to(cluster, 1)
     stock = make_task(tmp_path, make_settings(num_workers=[1, 2], scaling="stock"))
-    assert type(trainer._make_trainer(stock, str(tmp_path), "name", None, None)) is TorchTrainer
+    assert type(trainer._make_trainer(stock, str(tmp_path), "name", None, None, print)) is TorchTrainer
     ours = make_task(tmp_path, make_settings(num_workers=[1, 2]))
-    assert type(trainer._make_trainer(ours, str(tmp_path), "name", None, None)) is ElasticTorchTrainer
+    assert type(trainer._make_trainer(ours, str(tmp_path), "name", None, None, print)) is ElasticTorchTrainer
     run = Run(tmp_path, scaling="stock", steps=5)
     run.thread.join(200)
     assert run.result is not None and run.steps == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.shows("A job that waits for nodes ends when it is told to stop, by our own scaling and by Ray Train's")
+def test_stock_run_without_workers_stops_when_told(cluster: Cluster, tmp_path: Path) -> None:
+    # The last test: Ray keeps for minutes what the run asked the autoscaler for, and its controller ends with us.
+    bring_to(cluster, 1)
+    run = Run(tmp_path, num_workers=[3, 4], scaling="stock")
+    time.sleep(3)
+    assert run.error is None and not run.records
+    run.end()
+    assert isinstance(run.error, TrainingStopped) and run.error.step is None

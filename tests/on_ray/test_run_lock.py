@@ -1,5 +1,6 @@
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -15,25 +16,11 @@ import pytest
 import ray
 
 from ray_ds import storage
-from ray_ds.errors import ClusterError
+from ray_ds.errors import ClusterError, TakenOverError
 from ray_ds.on_ray import lease, run_lock
 from ray_ds.on_ray.lease import LEASE_S, SETTLE_S, Clock, LeaseFile, Owner, check_lease, lease_uri, read_lease
 from ray_ds.on_ray.run_lock import RunLock, this_owner
-
-START = 1_800_000_000.0
-
-
-def make_owner(name: str, cluster: str = "c1") -> Owner:
-    return Owner(
-        job=f"pretrain-{name}",
-        is_submitted=True,
-        user="ada",
-        host="head",
-        pid=42,
-        cluster=cluster,
-        since=START,
-        token=f"token-{name}",
-    )
+from tests.on_ray.owners import START, make_owner
 
 
 @dataclass
@@ -159,11 +146,11 @@ def test_suspended_owner_stops_before_it_writes_again(tmp_path: Path) -> None:
     time = Time()
     first = LeaseFile(str(tmp_path), make_owner("a"), time.clock)
     first.acquire()
-    first.check()
+    check_lease(str(tmp_path), "token-a")
     LeaseFile(str(tmp_path), make_owner("b", "c2"), time.clock).acquire()
-    with pytest.raises(ClusterError, match=r"must still belong to this job, and job pretrain-b .* has taken it over"):
-        first.check()
-    with pytest.raises(ClusterError, match="pretrain-b"):
+    with pytest.raises(TakenOverError, match=r"must still belong to this job, and job pretrain-b .* has taken it over"):
+        first.renew()
+    with pytest.raises(TakenOverError, match="pretrain-b"):
         check_lease(str(tmp_path), "token-a")
     check_lease(str(tmp_path), "token-b")
     first.release()
@@ -175,7 +162,8 @@ def test_slow_owner_whose_lease_nobody_took_renews_it(tmp_path: Path) -> None:
     first = LeaseFile(str(tmp_path), make_owner("a"), time.clock)
     first.acquire()
     time.now += 1000
-    first.check()
+    check_lease(str(tmp_path), "token-a")
+    first.renew()
     found = read_lease(str(tmp_path))
     assert found is not None
     assert found.renewed == time.now
@@ -196,6 +184,7 @@ DRIVER = """
 import sys, time
 import ray
 from ray_ds.on_ray.run_lock import RunLock, this_owner
+from tests.on_ray.owners import START, make_owner
 ray.init(address=sys.argv[1], namespace="ray_ds", log_to_driver=False, configure_logging=False)
 with RunLock(sys.argv[2], this_owner()) as lock:
     print("held", flush=True)
@@ -232,7 +221,6 @@ def test_second_job_is_refused_with_the_name_of_the_first(
         with pytest.raises(ClusterError) as raised, RunLock(f"{tmp_path}/", second):
             pass
         lock.check()
-        check_lease(str(tmp_path), lock.token)
         with RunLock(str(tmp_path / "other"), second):
             assert holder(tmp_path / "other") == second.job
     assert f"job pretrain-1 of {first.user}, process {first.pid} on {first.host}, since" in str(raised.value)
@@ -257,7 +245,7 @@ def test_killed_job_blocks_nobody_in_its_cluster(address: str, tmp_path: Path) -
         started = time.monotonic()
         with RunLock(str(tmp_path), this_owner()) as lock:
             assert time.monotonic() - started < 10
-            check_lease(str(tmp_path), lock.token)
+            lock.check()
     finally:
         driver.kill()
         driver.wait()
@@ -291,15 +279,20 @@ def test_of_many_jobs_at_the_same_moment_one_gets_in(address: str, tmp_path: Pat
 
 
 @pytest.mark.ray
-def test_job_that_lost_its_run_directory_to_another_cluster_is_told(address: str, tmp_path: Path) -> None:
+def test_job_that_lost_its_run_directory_to_another_cluster_is_told(
+    address: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "ray_ds")
     with RunLock(str(tmp_path), this_owner()) as lock:
-        lock.check()
+        check: Callable[[], None] = pickle.loads(pickle.dumps(lock.check))  # as a worker gets it
+        check()
         thief = replace(this_owner(), cluster="elsewhere", job="thief")
         stolen = lease.Lease(owner=thief, renewed=time.time(), renewals=1)
         storage.write_bytes(lease_uri(str(tmp_path)), lease._LEASE.dump_json(stolen))
+        with pytest.raises(TakenOverError, match=r"and job thief of .* has taken it over"):
+            check()
         deadline = time.monotonic() + 10
-        with pytest.raises(ClusterError, match=r"and job thief of .* has taken it over"):
-            while time.monotonic() < deadline:
-                lock.check()
-                time.sleep(0.05)
+        while not any("run_dir_lost" in line for line in caplog.messages) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert any("run_dir_lost" in line for line in caplog.messages)
     assert holder(tmp_path) == "thief"

@@ -11,11 +11,13 @@ import ray
 import ray._private.state
 import torch
 
-from ray_ds.errors import ArtifactError
+from ray_ds.errors import ArtifactError, TakenOverError
 from ray_ds.on_ray import trainer
 from ray_ds.on_ray.trainer import TrainLoop, train_on_ray
+from ray_ds.train.checkpoints.folders import committed_steps
 from ray_ds.train.host import Host
 from ray_ds.train.task import Stopped, TrainResult, TrainTask
+from tests.on_ray.owners import take
 from tests.train.runs import curve, make_settings, make_task, read_records, train_in_processes
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -103,6 +105,29 @@ def test_mistake_found_by_a_worker_ends_the_others_and_reaches_the_user_as_it_is
 def test_loss_that_is_no_number_ends_the_run_at_once(tmp_path: Path) -> None:
     task = make_task(tmp_path, make_settings(optimizer={"kind": "adamw", "eps": 1e-300}))
     fails_once(task, FloatingPointError, r"step \d+ is bad: the loss is (nan|inf); lower the learning rate")
+
+
+@pytest.mark.shows("Training that another job has taken over ends at its next checkpoint, with the name of that job")
+def test_run_that_another_job_has_taken_over_ends_at_its_next_checkpoint(tmp_path: Path) -> None:
+    def lose_the_run(task: TrainTask, host: Host) -> TrainResult | Stopped:
+        from ray_ds.train.loop import train
+
+        report = host.report
+
+        def report_and_lose(record: Mapping[str, float]) -> None:
+            report(record)
+            if record["step"] == 6 and host.rank == 0:
+                take(task.output, "second")
+
+        host.report = report_and_lose  # type: ignore[method-assign]
+        return train(task, host)
+
+    task = make_task(tmp_path, SETTINGS)
+    options: dict[str, Any] = {"work": str(tmp_path / "w"), "on_report": lambda _: None, "loop": lose_the_run}
+    with pytest.raises(TakenOverError, match=r"and job pretrain-second of ada, .* has taken it over"):
+        train_on_ray(task, check_alone=take(task.output, "first"), **options)
+    assert committed_steps(task.checkpoints) == [4]
+    assert not (Path(task.output) / "model").exists()
 
 
 def test_whatever_ray_train_raises_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

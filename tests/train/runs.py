@@ -123,6 +123,9 @@ class PlainHost:
     def beat(self, place: str) -> None:
         self.place = place
 
+    def check_alone(self) -> None:
+        """Nobody else is here."""
+
     def safe(self, step: int) -> None:
         self.safe_at = step
 

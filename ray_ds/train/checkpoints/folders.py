@@ -1,8 +1,10 @@
 """What checkpoints a folder holds, which of them are whole, and how they go."""
 
 import dataclasses
+import os
 import re
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Literal
 
 from pyarrow import fs
@@ -154,6 +156,17 @@ def latest_step(root: str) -> int | None:
 def committed_steps(root: str) -> list[int]:
     """Return the steps with a COMMITTED.json, oldest first."""
     return sorted(step for step, listed in _list_steps(root).items() if COMMITTED in listed)
+
+
+def sync_new(attempt: Path) -> None:
+    """Make the new folder of an attempt, and what it lies in, survive a power cut."""
+    attempt.mkdir(parents=True, exist_ok=True)  # a rank without tensors has none yet
+    for folder in (attempt, attempt.parent, attempt.parent.parent):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def delete_newer(root: str, step: int) -> None:

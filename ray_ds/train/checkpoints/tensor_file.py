@@ -76,7 +76,7 @@ def _open_sink(uri: str) -> Iterator[Callable[[memoryview], object]]:
     """Open a file to write into; at the end it is on disk, or taken by the object store."""
     if storage.is_remote(uri):
         system, path = storage.filesystem(uri)
-        with system.open_output_stream(path) as stream:
+        with system.open_output_stream(path, compression=None) as stream:
             yield stream.write
         return
     target = storage.local_path(uri)

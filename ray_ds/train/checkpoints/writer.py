@@ -3,9 +3,10 @@
 import re
 import threading
 import time
+from collections.abc import Callable
 from typing import Literal
 
-from ray_ds.errors import ArtifactError
+from ray_ds.errors import ArtifactError, TakenOverError
 from ray_ds.logs import log_event
 from ray_ds.train.checkpoints import folders
 from ray_ds.train.checkpoints.writing import FAILURES, Writing
@@ -34,6 +35,7 @@ class CheckpointWriter:
         keep: int,
         keep_best: bool,
         every: int = 1,
+        check_alone: Callable[[], None] = lambda: None,
         max_failed: int = MAX_FAILED,
         timeout_s: float = TIMEOUT_S,
     ) -> None:
@@ -46,11 +48,14 @@ class CheckpointWriter:
             keep: newest checkpoints that stay.
             keep_best: whether the one with the lowest validation loss stays too.
             every: steps between regular checkpoints, of which the newest stays, for a roll back to go to.
+            check_alone: as `Host.check_alone`; rank 0 calls it before it deletes what others left, and before its
+                checkpoint counts.
             max_failed: checkpoints in a row that may fail; this one raises.
             timeout_s: how long rank 0 waits for the others' parts before it gives a checkpoint up.
         """
         self._root, self._rank, self._world_size = root, rank, world_size
         self._keep, self._keep_best, self._every = keep, keep_best, every
+        self._check_alone = check_alone
         self._max_failed, self._timeout_s = max_failed, timeout_s
         self._num_started = 0
         self._num_failed = 0
@@ -93,6 +98,7 @@ class CheckpointWriter:
             keep=self._keep,
             keep_best=self._keep_best,
             every=self._every,
+            check_alone=self._check_alone,
             timeout_s=self._timeout_s,
         )
         self._error = None
@@ -104,6 +110,8 @@ class CheckpointWriter:
         try:
             writing.run()
             self._num_failed = 0
+        except TakenOverError as error:
+            self._error = error
         except FAILURES as error:
             self._num_failed += 1
             self._error = error
@@ -122,11 +130,12 @@ class CheckpointWriter:
 
         Raises:
             ArtifactError: the last `max_failed` failed.
+            TakenOverError: another job has taken over the run.
         """
         if self.state != "failed":
             return
         assert self._error is not None and self._writing is not None
-        if not isinstance(self._error, FAILURES):
+        if isinstance(self._error, TakenOverError) or not isinstance(self._error, FAILURES):
             raise self._error
         if self._num_failed >= self._max_failed:
             value = f"{self._num_failed} checkpoints in a row failed, the last with: {self._error}"

@@ -1,18 +1,16 @@
 """How one rank writes its share of one checkpoint, and how rank 0 makes it count. No collective: files tell."""
 
 import contextlib
-import os
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from torch import Tensor
 
 from ray_ds import storage
 from ray_ds.artifacts import FileInfo
-from ray_ds.errors import RayDsError
+from ray_ds.errors import RayDsError, TakenOverError
 from ray_ds.logs import log_event
 from ray_ds.train.checkpoints import folders
 from ray_ds.train.checkpoints.commit import (
@@ -58,6 +56,7 @@ class Writing:
     keep: int
     keep_best: bool
     every: int
+    check_alone: Callable[[], None]
     timeout_s: float
     abandoned: threading.Event = field(default_factory=threading.Event)
     reason_to_abandon: str = ""
@@ -83,16 +82,20 @@ class Writing:
         Raises:
             OSError: storage failed.
             RayDsError: storage failed, or the checkpoint was given up.
+            TakenOverError: another job has taken over the run. What was written stays, for that job may use it already.
         """
         started = time.monotonic()
         try:
             if self.part.rank == 0:
+                self.check_alone()
                 self._tidy()
             self._publish(self._write_files())
             if self.part.rank == 0:
                 self._commit(started)
             else:
                 self._await_commit(started)
+        except TakenOverError:
+            raise
         except FAILURES as error:
             self._clean_up(str(error))
             raise
@@ -146,11 +149,7 @@ class Writing:
     def _publish(self, said: RankPart) -> None:
         """Write the rank's JSON file; from then on rank 0 counts on its files."""
         if not storage.is_remote(self.root):
-            folder = storage.local_path(self.uri)
-            # A rank without tensors has no folder yet.
-            (folder / self.attempt).mkdir(parents=True, exist_ok=True)
-            for parent in (folder / self.attempt, folder, folder.parent):
-                _sync_folder(parent)
+            folders.sync_new(storage.local_path(self.uri) / self.attempt)
         path = rank_json(self.attempt, self.part.rank)
         self._paths.append(path)
         uri = storage.join(self.uri, path)
@@ -189,6 +188,7 @@ class Writing:
             commit = assemble(list(found.values()))
         except DamageError as error:
             raise GivenUpError(str(error)) from error
+        self.check_alone()
         self._write_commit(seal(commit))
         seconds = time.monotonic() - started
         log_event("checkpoint", step=commit.step, bytes=sum(info.bytes for info in commit.files), seconds=seconds)
@@ -295,12 +295,3 @@ class Writing:
 def _failed_file(rank: int) -> str:
     """Return the name of the file by which a rank says that a checkpoint failed, and why."""
     return f"rank-{rank:05d}{FAILED}"
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a new folder's entry survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

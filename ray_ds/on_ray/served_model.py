@@ -1,7 +1,8 @@
-"""A finished model as an application that KubeRay's RayService deploys: `import_path: served_model:application`.
+"""A finished model as an application that a Serve configuration names, such as that of KubeRay's RayService:
+`import_path: ray_ds.on_ray.served_model:application`.
 
-The image holds this file in PYTHONPATH. Where a job of the serve stage deploys by itself, a RayService wants to be told
-what runs, so that it can bring it up again on a new cluster before it takes the old one away.
+Where a job of the serve stage deploys by itself, a RayService wants to be told what runs, so that it can bring it up
+again on a new cluster before it takes the old one away.
 """
 
 import os

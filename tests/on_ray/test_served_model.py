@@ -1,60 +1,41 @@
 """The application that a RayService deploys, built from a model on disk."""
 
-import importlib.util
 import os
 
 os.environ["RAY_AUTH_MODE"] = "disabled"
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-from ray.serve import Application
 
 from ray_ds.errors import ArtifactError, ConfigError
+from ray_ds.on_ray.served_model import application
 from ray_ds.serve.http.auth import hash_api_key
-from tests.cluster.cluster_files import CLUSTER
 from tests.stages.small_artifacts import stage_run
 
-FILE = CLUSTER / "kuberay" / "served_model.py"
 
-
-@pytest.fixture(scope="module")
-def build() -> Callable[[dict[str, Any]], Application]:
-    """Import the file as the image does, by its folder, and return its builder."""
-    spec = importlib.util.spec_from_file_location("served_model", FILE)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    builder: Callable[[dict[str, Any]], Application] = module.application
-    return builder
-
-
-def test_wrong_arguments_are_named(build: Callable[[dict[str, Any]], Application]) -> None:
+def test_wrong_arguments_are_named() -> None:
     with pytest.raises(ConfigError, match=r"^args \(no artifact\) must be artifact and settings; correct args"):
-        build({})
+        application({})
     with pytest.raises(ConfigError, match=r"^args \(modell\) must be artifact and settings"):
-        build({"artifact": "/a", "modell": 1})
+        application({"artifact": "/a", "modell": 1})
     with pytest.raises(ConfigError, match=r"^args.settings.prt \(1\) must be one of the known settings"):
-        build({"artifact": "/a", "settings": {"prt": 1}})
+        application({"artifact": "/a", "settings": {"prt": 1}})
 
 
-def test_a_folder_without_a_model_is_refused(build: Callable[[dict[str, Any]], Application], tmp_path: Path) -> None:
+def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match=r"no manifest.* must be a finished QuantizedModel or Checkpoint"):
-        build({"artifact": str(tmp_path)})
+        application({"artifact": str(tmp_path)})
 
 
-def test_it_is_the_artefact_with_the_settings_and_the_key(
-    build: Callable[[dict[str, Any]], Application], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_it_is_the_artefact_with_the_settings_and_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = stage_run(tmp_path, "Checkpoint").commit({}, seconds=0.0)
     args = {"artifact": model.uri, "settings": {"host": "0.0.0.0", "api_key_env": "TEST_KEY", "cpus_per_replica": 3}}
     monkeypatch.delenv("TEST_KEY", raising=False)
     with pytest.raises(ConfigError, match=r"^args.settings.api_key_env \(TEST_KEY\) must name an environment variable"):
-        build(args)
+        application(args)
     monkeypatch.setenv("TEST_KEY", "secret")
-    deployment = build(args)._bound_deployment
+    deployment = application(args)._bound_deployment
     uri, digest, settings, api_key_hash = deployment.init_args
     assert (uri, digest, api_key_hash) == (model.uri, model.digest, hash_api_key("secret"))
     assert settings.host == "0.0.0.0" and deployment.ray_actor_options["num_cpus"] == 3
