@@ -153,6 +153,12 @@ class Checkpoint(Artifact):
     kind = "Checkpoint"
 
 
+class TeacherLogits(Artifact):
+    """What a teacher says to the rows of token shards: its largest logits in `train/*.arrow`, `validation/*.arrow`."""
+
+    kind = "TeacherLogits"
+
+
 class QuantizedModel(Artifact):
     """An INT8 model: `model/` in the compressed-tensors layout with `tokenizer.json`."""
 
@@ -172,7 +178,8 @@ class Endpoint(Artifact):
 
 
 KINDS: Mapping[str, type[Artifact]] = {
-    cls.kind: cls for cls in (Corpus, Tokenizer, TokenShards, Checkpoint, QuantizedModel, EvalReport, Endpoint)
+    cls.kind: cls
+    for cls in (Corpus, Tokenizer, TokenShards, Checkpoint, TeacherLogits, QuantizedModel, EvalReport, Endpoint)
 }
 
 A = TypeVar("A", bound=Artifact)

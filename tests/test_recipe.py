@@ -147,7 +147,7 @@ def test_a_relative_input_needs_a_root(recipe_path: Path) -> None:
         (
             'stage = "clean"',
             'stage = "wash"',
-            r"stage \(wash\) must be one of clean, import_hf, tokenizer, tokenize, tokenize_chat, tr",
+            r"stage \(wash\) must be one of clean, import_hf, tokenizer, tokenize, tokenize_chat, te",
         ),
         (
             'stage = "clean"',
