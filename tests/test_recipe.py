@@ -265,6 +265,22 @@ def test_a_step_names_further_inputs(tmp_path: Path) -> None:
     assert not isinstance(start, str) and start.name == "base" and not recipe.step("base").named
 
 
+def test_a_teacher_is_a_checkpoint_or_its_stored_logits(tmp_path: Path) -> None:
+    path = tmp_path / "t.toml"
+    asked = '[[step]]\nstage = "teacher_logits"\nsettings.seq_len = 16\n[[step]]\nname = "tuned"'
+    for name in ("base", "teacher_logits"):
+        text = TUNING.replace('[[step]]\nname = "tuned"', asked)
+        text = text.replace('init_from = "base"', f'init_from = "base"\nteacher = "{name}"')
+        path.write_text(text.replace("lora = { rank = 4 }", 'objective = { kind = "distill" }'))
+        recipe = load_recipe(str(path))
+        teacher = recipe.step("tuned").named["teacher"]
+        assert not isinstance(teacher, str) and teacher.name == name
+    assert [source.name for source in recipe.step("teacher_logits").inputs if not isinstance(source, str)] == [
+        "base",
+        "tokenize",
+    ]
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [

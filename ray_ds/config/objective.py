@@ -31,10 +31,11 @@ class Dpo:
 
 @settings
 class Distill:
-    """Distillation (arXiv 1503.02531) from the checkpoint that the step names as its `teacher`.
+    """Distillation (arXiv 1503.02531) from what the step names as its `teacher`: a checkpoint, or stored logits.
 
     The loss of a token is temperature^2 * KL(teacher || student), both softened by the temperature, plus
-    cross_entropy_weight * cross-entropy.
+    cross_entropy_weight * cross-entropy. Of a teacher's stored logits, the divergence is over the largest ones and all
+    others as one outcome.
     """
 
     kind: Literal["distill"]

@@ -1,48 +1,24 @@
 """Stored logits: what is read for a row is what was said to it, and nothing else is taken for it."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
-from ray_ds.artifacts import TeacherLogits
-from ray_ds.data.rows import Row, Rows, open_rows
+from ray_ds.data.rows import Rows, open_rows
 from ray_ds.data.shards import TokenSplit
-from ray_ds.data.teacher_logits import RowRange, StoredLogits, TopLogits, encode_logits, plan_ranges
+from ray_ds.data.teacher_logits import RowRange, StoredLogits, plan_ranges
 from ray_ds.errors import ArtifactError
-from tests.stages.small_artifacts import stage_run
+from tests.data.made_up_logits import said_to, store_made_up
 from tests.train.runs import write_shards
 
-SEQ_LEN, TOP_K = 16, 3
+SEQ_LEN = 16
 
 
 @pytest.fixture
 def rows(tmp_path: Path) -> Rows:
     write_shards(tmp_path / "shards")
     return open_rows(TokenSplit.open(str(tmp_path / "shards"), "train"), "stream", SEQ_LEN)
-
-
-def said_to(row: Row) -> TopLogits:
-    """Return made-up logits that tell rows apart."""
-    ids = (row.tokens[:, None] + np.arange(TOP_K)).astype(np.uint16)
-    return TopLogits(ids, -ids.astype(np.float16) / 64, row.targets.astype(np.float32))
-
-
-def store(folder: Path, rows: Rows, **changes: Any) -> TeacherLogits:
-    run = stage_run(folder, "TeacherLogits")
-    ranges = plan_ranges("train", rows.shard_rows, 20)
-    for part in ranges:
-        own = [rows.row(number) for number in range(part.first, part.stop)]
-        top = TopLogits(*(np.stack(each) for each in zip(*map(said_to, own), strict=True)))
-        path = Path(run.path("train", part.file))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(encode_logits(own, top))
-    file_rows: Any = {"train": {part.file: part.stop - part.first for part in ranges}, **changes}
-    facts: dict[str, Any] = {"vocab_size": 300, "top_k": TOP_K, "file_rows": file_rows}
-    artifact = run.commit(facts, seconds=0.0)
-    assert isinstance(artifact, TeacherLogits)
-    return artifact
 
 
 def test_files_cover_each_shards_rows_once() -> None:
@@ -55,7 +31,7 @@ def test_files_cover_each_shards_rows_once() -> None:
 
 
 def test_a_row_has_what_was_said_to_it(tmp_path: Path, rows: Rows) -> None:
-    stored = StoredLogits(store(tmp_path, rows), "train", rows)
+    stored = StoredLogits(store_made_up(tmp_path, {"train": rows}), "train", rows)
     for index in range(sum(rows.shard_rows)):
         row = rows.row(index)
         for found, expected in zip(stored.row(index, row), said_to(row), strict=True):
@@ -65,7 +41,7 @@ def test_a_row_has_what_was_said_to_it(tmp_path: Path, rows: Rows) -> None:
 
 @pytest.mark.shows("Logits stored for other rows, or for rows in another order, are refused")
 def test_logits_of_other_rows_are_refused(tmp_path: Path, rows: Rows) -> None:
-    artifact = store(tmp_path, rows)
+    artifact = store_made_up(tmp_path, {"train": rows})
     stored = StoredLogits(artifact, "train", rows)
     with pytest.raises(ArtifactError, match=r"\(row 4 of train\) must have been of the same tokens; run the teacher_l"):
         stored.row(4, rows.row(5))
@@ -75,7 +51,7 @@ def test_logits_of_other_rows_are_refused(tmp_path: Path, rows: Rows) -> None:
 
 
 def test_a_damaged_file_is_named(tmp_path: Path, rows: Rows) -> None:
-    artifact = store(tmp_path, rows)
+    artifact = store_made_up(tmp_path, {"train": rows})
     path = Path(artifact.path("train", "00001-00000.arrow"))
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     stored = StoredLogits(artifact, "train", rows)
