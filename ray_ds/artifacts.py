@@ -134,7 +134,7 @@ class Corpus(Artifact):
 
 
 class Tokenizer(Artifact):
-    """A byte-level BPE: `tokenizer.json`, and `chat_template.jinja` where it came with one."""
+    """A byte-level BPE: `tokenizer.json`, and `chat_template.jinja` for conversations with its role tokens."""
 
     kind = "Tokenizer"
 

@@ -62,7 +62,7 @@ STAGES: tuple[Stage, ...] = (
         settings="ray_ds.config.tokenizer:TokenizerSettings",
         reads=(("Corpus",),),
         writes="Tokenizer",
-        version=1,
+        version=2,
         resources="one task",
     ),
     Stage(
