@@ -24,7 +24,7 @@ LORA = {"rank": 4, "alpha": 8.0}
 CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "sft": ("chat", {"zero_stage": 2}),
     "sft-lora": ("chat", {"zero_stage": 2, "lora": LORA}),
-    "sft-lora-zero3": ("chat", {"zero_stage": 3, "lora": LORA}),
+    "sft-lora-zero3": ("chat", {"zero_stage": 3, "lora": {"rank": 8, "alpha": 16.0, "routed_experts": True}}),
     "sft-lora-zero0": ("chat", {"zero_stage": 0, "lora": LORA}),
     "dpo": ("preference", {"zero_stage": 1, "objective": {"kind": "dpo", "beta": 1.0}}),
     "dpo-zero3": ("preference", {"zero_stage": 3, "objective": {"kind": "dpo"}, "lora": LORA}),
