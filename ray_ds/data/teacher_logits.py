@@ -26,7 +26,7 @@ FILE_ROWS = "file_rows"
 """The fact of TeacherLogits with the rows of each file: `facts["file_rows"]["train"]["00000-00000.arrow"]`."""
 
 
-class TopLogits(NamedTuple):
+class LogitArrays(NamedTuple):
     """The k largest logits behind each token."""
 
     ids: NDArray[Any]
@@ -36,7 +36,7 @@ class TopLogits(NamedTuple):
     log_rest: NDArray[np.float32]
     """Log of the sum of exp((logit - largest) / temperature) over all others, (...); -inf where there are none."""
 
-    def fill(self, place: int, row: "TopLogits") -> None:
+    def fill(self, place: int, row: "LogitArrays") -> None:
         """Take over what was said to one row."""
         self.ids[place], self.logits[place], self.log_rest[place] = row
 
@@ -75,7 +75,7 @@ def checksum(row: Row) -> int:
     return zlib.crc32(row.targets.tobytes(), zlib.crc32(row.tokens.tobytes()))
 
 
-def encode_logits(rows: Sequence[Row], top: TopLogits) -> bytes:
+def encode_logits(rows: Sequence[Row], top: LogitArrays) -> bytes:
     """Return rows, and what a teacher says to them, (rows, seq_len, k) and (rows, seq_len), as a file."""
     columns = {
         "row": pa.array([checksum(row) for row in rows], pa.uint32()),
@@ -126,12 +126,12 @@ class StoredLogits:
         if self._cache is not None:
             rows.split.beside = self
 
-    def blank(self, num_rows: int, seq_len: int) -> TopLogits:
+    def blank(self, num_rows: int, seq_len: int) -> LogitArrays:
         """Return room for what `row` returns, for rows that may be padding."""
         shape = (num_rows, seq_len, self._top_k)
-        return TopLogits(np.zeros(shape, np.int64), np.zeros(shape, np.float16), np.zeros(shape[:2], np.float32))
+        return LogitArrays(np.zeros(shape, np.int64), np.zeros(shape, np.float16), np.zeros(shape[:2], np.float32))
 
-    def row(self, index: int, row: Row) -> TopLogits:
+    def row(self, index: int, row: Row) -> LogitArrays:
         """Return what was stored for a row, (seq_len, k) and (seq_len,), views of the file.
 
         Raises:
@@ -141,8 +141,8 @@ class StoredLogits:
         batch, place = self._open(file), index - (int(self._ends[file - 1]) if file else 0)
         if batch.column("row")[place].as_py() != checksum(row):
             raise self._of_other_rows(f"row {index} of {self._split}", "must have been of the same tokens")
-        ids, logits, log_rest = (_list_at(batch.column(name), place) for name in TopLogits._fields)
-        return TopLogits(ids.reshape(-1, self._top_k), logits.reshape(-1, self._top_k), log_rest)
+        ids, logits, log_rest = (_list_at(batch.column(name), place) for name in LogitArrays._fields)
+        return LogitArrays(ids.reshape(-1, self._top_k), logits.reshape(-1, self._top_k), log_rest)
 
     def files_of(self, shard: int) -> list[ShardFile]:
         """Return the files on an object store that go with a shard; none where they are local."""
@@ -177,7 +177,7 @@ def _map_batch(uri: str, path: Path) -> pa.RecordBatch:
         return pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
     except (pa.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0]
-        allowed = f"must be one record batch of {', '.join(TopLogits._fields)}"
+        allowed = f"must be one record batch of {', '.join(LogitArrays._fields)}"
         raise ArtifactError(uri, reason, allowed, "run the teacher_logits step again") from error
 
 

@@ -14,7 +14,7 @@ from ray_ds.config.model import ModelConfig
 from ray_ds.config.model_size import num_parameters
 from ray_ds.config.objective import Distill
 from ray_ds.config.train import TrainSettings
-from ray_ds.data.rows import ROW_KIND, PackedRows, RowKind, check_any_row, open_rows
+from ray_ds.data.rows import ROW_KIND, PackedRows, RowKind, check_any_row
 from ray_ds.data.shards import Split
 from ray_ds.errors import ArtifactError, ConfigError
 from ray_ds.logs import Progress, log_event
@@ -28,7 +28,7 @@ from ray_ds.on_ray.trainer import train_on_ray
 from ray_ds.plan.case import case_of
 from ray_ds.plan.fit import check_fits
 from ray_ds.tokenizer import load_tokenizer
-from ray_ds.train.batches import check_cache, open_split
+from ray_ds.train.batches import check_cache, open_task_rows
 from ray_ds.train.metrics import SHOWN
 from ray_ds.train.task import TrainTask
 from ray_ds.train.trackers import check_trackers
@@ -198,13 +198,12 @@ def check_task(task: TrainTask, run: StageRun) -> None:
     check_trackers(settings.trackers, f"{run.step}.trackers")
     splits: list[Split] = ["train", "validation"] if settings.validate_every else ["train"]
     for split in splits:
-        opened = open_split(task.shards, split, settings.shard_cache_bytes)
-        rows = open_rows(opened, task.rows, settings.seq_len)
+        rows, _ = open_task_rows(task, split)
         check_any_row(rows, storage.join(task.shards, split), settings.seq_len)
         if isinstance(rows, PackedRows) and rows.num_dropped:
             log_event("conversations_left_out", split=split, count=rows.num_dropped, longer_than=settings.seq_len + 1)
         if split == "train":
-            check_cache(opened, settings, field=f"{run.step}.shard_cache_bytes")
+            check_cache(rows.split, settings, field=f"{run.step}.shard_cache_bytes")
     check_cluster(
         run.run_dir,
         num_workers=settings.min_workers,

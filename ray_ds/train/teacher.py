@@ -7,11 +7,10 @@ import torch
 from pydantic import JsonValue
 
 from ray_ds.config.teacher_logits import TeacherLogitsSettings
-from ray_ds.data import teacher_logits as stored
 from ray_ds.data.clean_text import Publish
 from ray_ds.data.rows import RowKind, open_rows
 from ray_ds.data.shards import token_dtype
-from ray_ds.data.teacher_logits import RowRange, encode_logits
+from ray_ds.data.teacher_logits import LogitArrays, RowRange, encode_logits
 from ray_ds.model.decoder import Decoder
 from ray_ds.model.documents import number_documents
 from ray_ds.train.batches import open_split, read_rows
@@ -51,14 +50,14 @@ def store_range(part: RowRange, publish: Publish, job: TeacherJob) -> dict[str, 
     for first in range(part.first, part.stop, settings.micro_batch):
         numbers = np.arange(first, min(first + settings.micro_batch, part.stop))
         found.append(ask(teacher, read_rows(rows, numbers, settings.seq_len, None), job))
-    top = stored.TopLogits(*(np.concatenate(each) for each in zip(*found, strict=True)))
+    top = LogitArrays(*(np.concatenate(each) for each in zip(*found, strict=True)))
     said_to = [rows.row(number) for number in range(part.first, part.stop)]
     publish(f"{part.split}/{part.file}", encode_logits(said_to, top))
     return {"rows": part.stop - part.first}
 
 
 @torch.no_grad()
-def ask(teacher: Decoder, batch: MicroBatch, job: TeacherJob) -> stored.TopLogits:
+def ask(teacher: Decoder, batch: MicroBatch, job: TeacherJob) -> LogitArrays:
     """Return what the teacher says to rows, (B, T, k) and (B, T)."""
     device, settings = torch.device(job.device), job.settings
     tokens = batch.tokens.to(device)
@@ -67,7 +66,7 @@ def ask(teacher: Decoder, batch: MicroBatch, job: TeacherJob) -> stored.TopLogit
         segments = number_documents(tokens, job.bos_token_id)
     logits = token_logits(teacher, tokens, segments)[:, : job.vocab_size]  # (B * T, V)
     ids, top, log_rest = find_top_logits(logits, settings.top_k, settings.temperature)
-    return stored.TopLogits(
+    return LogitArrays(
         ids.view(*tokens.shape, -1).cpu().numpy().astype(token_dtype(job.vocab_size)),
         top.view(*tokens.shape, -1).cpu().numpy(),
         log_rest.view(tokens.shape).cpu().numpy(),

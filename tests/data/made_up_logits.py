@@ -9,17 +9,17 @@ import numpy as np
 from ray_ds.artifacts import TeacherLogits
 from ray_ds.data.rows import Row, Rows
 from ray_ds.data.shards import Split
-from ray_ds.data.teacher_logits import TopLogits, encode_logits, plan_ranges
+from ray_ds.data.teacher_logits import LogitArrays, encode_logits, plan_ranges
 from tests.stages.small_artifacts import stage_run
 
 TOP_K = 3
 ROWS_PER_FILE = 20
 
 
-def said_to(row: Row) -> TopLogits:
+def said_to(row: Row) -> LogitArrays:
     """Return made-up logits that tell rows apart."""
     ids = (row.tokens[:, None] + np.arange(TOP_K)).astype(np.uint16)
-    return TopLogits(ids, -ids.astype(np.float16) / 64, row.targets.astype(np.float32))
+    return LogitArrays(ids, -ids.astype(np.float16) / 64, row.targets.astype(np.float32))
 
 
 def store_made_up(folder: Path, of_splits: Mapping[Split, Rows]) -> TeacherLogits:
@@ -30,7 +30,7 @@ def store_made_up(folder: Path, of_splits: Mapping[Split, Rows]) -> TeacherLogit
         ranges = plan_ranges(split, rows.shard_rows, ROWS_PER_FILE)
         for part in ranges:
             own = [rows.row(number) for number in range(part.first, part.stop)]
-            top = TopLogits(*(np.stack(each) for each in zip(*map(said_to, own), strict=True)))
+            top = LogitArrays(*(np.stack(each) for each in zip(*map(said_to, own), strict=True)))
             path = Path(run.path(split, part.file))
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(encode_logits(own, top))
