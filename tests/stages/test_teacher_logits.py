@@ -1,6 +1,7 @@
 """The teacher_logits stage on Ray, and what a train step asks of its result."""
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,21 @@ def test_a_broken_off_job_goes_on_where_it_was(tmp_path: Path, local_ray: None) 
     Path(run.path("train", "00001-00001.arrow")).unlink()
     again = store_teacher_logits(logits_settings(), run)
     assert again.content_sha256 == first.content_sha256 and len(list(attempts.iterdir())) == tried + 1
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_student_is_trained_from_what_the_stage_stored(tmp_path: Path, local_ray: None) -> None:
+    teacher, shards = make_inputs(tmp_path)
+    logits = store_teacher_logits(logits_settings(), stage_run(tmp_path, "TeacherLogits", teacher, shards))
+    raw = {**SMALL, "steps": 6, "num_workers": 1, "validate_every": 3, "objective": {"kind": "distill"}}
+    run = stage_run(tmp_path, "Checkpoint", shards, name="student")
+    run = StageRun(**{**vars(run), "named": {"teacher": logits}})
+    student = train_stage.train(decode_settings(TrainSettings, raw, where="train"), run)
+    records = [json.loads(line) for line in Path(student.path("metrics.jsonl")).read_text().splitlines()]
+    assert len(records) == 6 and all(record["kl"] > 0 for record in records)
+    assert records[-1]["loss"] < records[0]["loss"] and "validation_loss" in records[-1]
+    assert [ref.kind for ref in student.manifest.inputs] == ["TokenShards", "TeacherLogits"]
 
 
 @pytest.mark.parametrize(
