@@ -134,7 +134,7 @@ class Corpus(Artifact):
 
 
 class Tokenizer(Artifact):
-    """A byte-level BPE: `tokenizer.json`, and `chat_template.jinja` where it came with one."""
+    """A byte-level BPE: `tokenizer.json`, and `chat_template.jinja` for conversations with its role tokens."""
 
     kind = "Tokenizer"
 
@@ -151,6 +151,12 @@ class Checkpoint(Artifact):
     also `adapter/` in PEFT's."""
 
     kind = "Checkpoint"
+
+
+class TeacherLogits(Artifact):
+    """What a teacher says to the rows of token shards: its largest logits in `train/*.arrow`, `validation/*.arrow`."""
+
+    kind = "TeacherLogits"
 
 
 class QuantizedModel(Artifact):
@@ -172,7 +178,8 @@ class Endpoint(Artifact):
 
 
 KINDS: Mapping[str, type[Artifact]] = {
-    cls.kind: cls for cls in (Corpus, Tokenizer, TokenShards, Checkpoint, QuantizedModel, EvalReport, Endpoint)
+    cls.kind: cls
+    for cls in (Corpus, Tokenizer, TokenShards, Checkpoint, TeacherLogits, QuantizedModel, EvalReport, Endpoint)
 }
 
 A = TypeVar("A", bound=Artifact)

@@ -16,6 +16,7 @@ from ray_ds.artifacts import (
     Endpoint,
     EvalReport,
     QuantizedModel,
+    TeacherLogits,
     TokenShards,
     check_input,
     open_artifact,
@@ -145,6 +146,8 @@ def _facts(artifact: Artifact) -> dict[str, JsonValue]:
             return {"tokens": facts["tokens"]}
         case Checkpoint():
             return {name: facts[key] for name, key in _CHECKPOINT_FACTS.items() if key in facts}
+        case TeacherLogits():
+            return {"teacher_logits_bytes": facts["bytes"]}
         case EvalReport() if facts["model_kind"] == Checkpoint.kind:
             scores = {"validation_bits_per_byte": facts["bits_per_byte"]}
             return scores | {name: facts[name] for name in _BASELINES if name in facts} | _task_scores(facts, "")

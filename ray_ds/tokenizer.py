@@ -16,8 +16,13 @@ from ray_ds.tokenizer_files import SPECIAL_IDS_FILE
 BOS_TOKEN = "<|bos|>"
 EOS_TOKEN = "<|eos|>"
 PAD_TOKEN = "<|pad|>"
-SPECIAL_TOKENS = (BOS_TOKEN, EOS_TOKEN, PAD_TOKEN)
-"""Their ids are their places here: 0, 1, 2."""
+MARK_TOKENS = (BOS_TOKEN, EOS_TOKEN, PAD_TOKEN)
+ROLES = ("system", "user", "assistant", "tool")
+ROLE_TOKENS = tuple(f"<|{role}|>" for role in ROLES)
+"""Each begins a message in a conversation; `chat.template.ROLE_TEMPLATE` writes them."""
+SPECIAL_TOKENS = (*MARK_TOKENS, *ROLE_TOKENS)
+"""Their ids are their places here, from 0. Tokenizers that were trained before there were tokens for roles have the
+first three alone."""
 
 CJK = r"\p{Han}\p{Hiragana}\p{Katakana}"
 
@@ -220,7 +225,7 @@ def find_problem(text: str, special_ids: SpecialIds | None) -> str | None:
     missing = set(_byte_characters().values()) - vocab
     if special_ids is None:
         specials = tuple(names[token_id] for token_id in sorted(names))
-        if specials != SPECIAL_TOKENS:
+        if specials not in (SPECIAL_TOKENS, MARK_TOKENS):
             return f"special tokens {', '.join(specials)}"
     elif normalizer := _changing_normalizer(content):
         return f"normalizer {normalizer}"

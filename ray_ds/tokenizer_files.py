@@ -17,13 +17,17 @@ TOKENIZER_FILES = (
 )
 
 
-def copy_tokenizer(source: str, target: str) -> None:
+def copy_tokenizer(source: str, target: str, *, with_template: bool = True) -> None:
     """Copy those of `TOKENIZER_FILES` that a folder has into another; both are absolute paths or URIs.
 
+    Args:
+        with_template: whether the chat template goes along.
     Raises:
         FileNotFoundError: there is no `tokenizer.json`.
     """
     storage.write_bytes(storage.join(target, TOKENIZER_FILE), storage.read_bytes(storage.join(source, TOKENIZER_FILE)))
     for name in TOKENIZER_FILES[1:]:
+        if name == CHAT_TEMPLATE_FILE and not with_template:
+            continue
         if storage.exists(storage.join(source, name)):
             storage.write_bytes(storage.join(target, name), storage.read_bytes(storage.join(source, name)))

@@ -147,7 +147,7 @@ def test_a_relative_input_needs_a_root(recipe_path: Path) -> None:
         (
             'stage = "clean"',
             'stage = "wash"',
-            r"stage \(wash\) must be one of clean, import_hf, tokenizer, tokenize, tokenize_chat, tr",
+            r"stage \(wash\) must be one of clean, import_hf, tokenizer, tokenize, tokenize_chat, te",
         ),
         (
             'stage = "clean"',
@@ -175,7 +175,7 @@ def test_a_relative_input_needs_a_root(recipe_path: Path) -> None:
         ('stage = "clean"', 'stage = ["clean"]', r"stage \(\['clean'\]\) must be a string"),
         ("vocab_size = 400", "vocab_sise = 400", r"t.toml: big.vocab_sise \(400\) must be one of the known settings"),
         ("vocab_size = 400", 'vocab_size = "4"', r"t.toml: big.vocab_size \(4\) must be a valid integer"),
-        ("vocab_size = 400", "vocab_size = 4", r"t.toml: big.vocab_size \(4\) must be from 259"),
+        ("vocab_size = 400", "vocab_size = 4", r"t.toml: big.vocab_size \(4\) must be from 263"),
     ],
 )
 def test_bad_recipes_are_refused(recipe_path: Path, old: str, new: str, message: str) -> None:
@@ -263,6 +263,22 @@ def test_a_step_names_further_inputs(tmp_path: Path) -> None:
     recipe = load_recipe(str(path))
     start = recipe.step("tuned").named["init_from"]
     assert not isinstance(start, str) and start.name == "base" and not recipe.step("base").named
+
+
+def test_a_teacher_is_a_checkpoint_or_its_stored_logits(tmp_path: Path) -> None:
+    path = tmp_path / "t.toml"
+    asked = '[[step]]\nstage = "teacher_logits"\nsettings.seq_len = 16\n[[step]]\nname = "tuned"'
+    for name in ("base", "teacher_logits"):
+        text = TUNING.replace('[[step]]\nname = "tuned"', asked)
+        text = text.replace('init_from = "base"', f'init_from = "base"\nteacher = "{name}"')
+        path.write_text(text.replace("lora = { rank = 4 }", 'objective = { kind = "distill" }'))
+        recipe = load_recipe(str(path))
+        teacher = recipe.step("tuned").named["teacher"]
+        assert not isinstance(teacher, str) and teacher.name == name
+    assert [source.name for source in recipe.step("teacher_logits").inputs if not isinstance(source, str)] == [
+        "base",
+        "tokenize",
+    ]
 
 
 @pytest.mark.parametrize(

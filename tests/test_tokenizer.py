@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from ray_ds.config.tokenizer import MIN_VOCAB_SIZE
 from ray_ds.errors import ArtifactError, InputError
-from ray_ds.tokenizer import ROUND_TRIP_PROBES, SPECIAL_TOKENS, BpeTokenizer, load_tokenizer, train_bpe
+from ray_ds.tokenizer import MARK_TOKENS, ROUND_TRIP_PROBES, SPECIAL_TOKENS, BpeTokenizer, load_tokenizer, train_bpe
 
 TEXTS = [
     "In the beginning God created the heaven and the earth. And the earth was without form, and void;\n\n" * 4,
@@ -60,7 +60,8 @@ def test_tokens_are_bytes_and_all_bytes_have_one(tokenizer: BpeTokenizer) -> Non
 
 def test_special_tokens_have_fixed_ids_and_no_text(tokenizer: BpeTokenizer) -> None:
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (0, 1, 2)
-    assert [tokenizer.token_bytes(i) for i in range(3)] == [b"", b"", b""]
+    assert [tokenizer.special_ids[f"<|{role}|>"] for role in ("system", "user", "assistant", "tool")] == [3, 4, 5, 6]
+    assert {tokenizer.token_bytes(i) for i in range(7)} == {b""}
     ids = tokenizer.encode("a")
     assert tokenizer.decode([0, *ids, 1]) == "a"
 
@@ -146,7 +147,7 @@ def test_round_trip_check_names_the_text(tokenizer: BpeTokenizer) -> None:
     ("change", "problem"),
     [
         (lambda content: content["model"].update(type="WordPiece"), "model WordPiece"),
-        (lambda content: content["added_tokens"].pop(), r"special tokens <\|bos\|>, <\|eos\|>\)"),
+        (lambda content: content["added_tokens"].pop(), r"special tokens <\|bos\|>, .*, <\|assistant\|>\)"),
         (lambda content: content["model"]["vocab"].pop("a"), "1 bytes have no token"),
         (lambda content: content.pop("model"), "damaged: KeyError 'model'"),
     ],
@@ -158,6 +159,15 @@ def test_foreign_tokenizer_is_refused(tokenizer: BpeTokenizer, tmp_path: Path, c
     path.write_text(json.dumps(content))
     with pytest.raises(ArtifactError, match=problem):
         load_tokenizer(str(path))
+
+
+def test_a_tokenizer_without_role_tokens_still_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray_ds.tokenizer.SPECIAL_TOKENS", MARK_TOKENS)
+    (tmp_path / "tokenizer.json").write_text(train_bpe(TEXTS, 600).to_json())
+    monkeypatch.undo()
+    old = load_tokenizer(str(tmp_path / "tokenizer.json"))
+    assert old.special_ids == {"<|bos|>": 0, "<|eos|>": 1, "<|pad|>": 2}
+    assert old.decode(old.encode("<|user|>太初")) == "<|user|>太初"
 
 
 def test_missing_and_damaged_tokenizer_are_refused(tmp_path: Path) -> None:

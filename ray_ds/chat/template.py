@@ -29,6 +29,20 @@ DEFAULT_TEMPLATE = """\
 """A turn is a role's name, a line end, the text and EOS. It needs no tokens but BOS and EOS, which every tokenizer has;
 since text never becomes one of these, no message can forge a turn."""
 
+ROLE_TEMPLATE = """\
+{{- bos_token -}}
+{%- for message in messages -%}
+{%- if message.role not in ["system", "user", "assistant", "tool"] -%}
+{{- raise_exception("a role must be system, user, assistant or tool") -}}
+{%- endif -%}
+{{- "<|" + message.role + "|>" + message.content + eos_token -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+{{- "<|assistant|>" -}}
+{%- endif -%}
+"""
+"""A turn is the token of its role, the text and EOS; for our tokenizers, which have `ROLE_TOKENS`."""
+
 Message = Mapping[str, Any]
 """`role` and `content`, strings, and whatever else a template reads."""
 

@@ -8,6 +8,9 @@ from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from ray_ds.config.settings import settings
 from ray_ds.errors import ConfigError
 
+EXPERT_RANK_MULTIPLE = 8
+"""bf16 numbers in 16 bytes, on which rows begin in `torch.nn.functional.grouped_mm`."""
+
 
 @settings
 class NextToken:
@@ -31,10 +34,11 @@ class Dpo:
 
 @settings
 class Distill:
-    """Distillation (arXiv 1503.02531) from the checkpoint that the step names as its `teacher`.
+    """Distillation (arXiv 1503.02531) from what the step names as its `teacher`: a checkpoint, or stored logits.
 
     The loss of a token is temperature^2 * KL(teacher || student), both softened by the temperature, plus
-    cross_entropy_weight * cross-entropy.
+    cross_entropy_weight * cross-entropy. Of a teacher's stored logits, the divergence is over the largest ones and all
+    others as one outcome.
     """
 
     kind: Literal["distill"]
@@ -62,8 +66,13 @@ class Lora:
     modules: tuple[str, ...] = ("*.self_attn.*_proj*", "*.mlp.*_proj")
     """Linear layers that get an adapter, by patterns of their names in the model, such as `*.q_proj`; routed experts
     and routers are none."""
+    routed_experts: bool = False
+    """Whether every routed expert gets adapters of its own, too: rank * (inputs + outputs) numbers for each weight."""
 
     def __post_init__(self) -> None:
-        """Want a pattern."""
-        if not self.modules:
+        """Want something to adapt, and a rank that grouped products take."""
+        if not self.modules and not self.routed_experts:
             raise ConfigError("modules", "empty", "must hold a pattern of names or more", "try *.self_attn.*_proj")
+        if self.routed_experts and self.rank % EXPERT_RANK_MULTIPLE:
+            allowed = f"must be a multiple of {EXPERT_RANK_MULTIPLE} with routed_experts, for grouped products on GPUs"
+            raise ConfigError("rank", self.rank, allowed, "correct one of them")

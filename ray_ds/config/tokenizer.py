@@ -7,7 +7,9 @@ import pydantic
 from ray_ds.config.settings import settings
 from ray_ds.errors import ConfigError
 
-MIN_VOCAB_SIZE = 3 + 256
+NUM_SPECIAL_TOKENS = 7
+"""Start, end, padding, and a token for each role in a conversation."""
+MIN_VOCAB_SIZE = NUM_SPECIAL_TOKENS + 256
 """The special tokens and one token a byte, below which some text could not be written."""
 MAX_VOCAB_SIZE = 1 << 32
 """What uint32, the wider type of token shards, can number."""
@@ -30,5 +32,5 @@ class TokenizerSettings:
     def __post_init__(self) -> None:
         """Refuse vocabularies that cannot write every text or do not fit into shards."""
         if not MIN_VOCAB_SIZE <= self.vocab_size <= MAX_VOCAB_SIZE:
-            allowed = f"must be from {MIN_VOCAB_SIZE} (3 special tokens and 256 bytes) to 2^32"
+            allowed = f"must be from {MIN_VOCAB_SIZE} ({NUM_SPECIAL_TOKENS} special tokens and 256 bytes) to 2^32"
             raise ConfigError("vocab_size", self.vocab_size, allowed, "try 4096 for a small model, 32768 or more else")

@@ -176,6 +176,8 @@ class TrainSettings:
         other = None if is_plain else "has no effect with lora and with objectives other than next_token"
         weight = BALANCE_WEIGHT if config.has_router_bias else BALANCE_WEIGHT_ALONE
         fill_or_refuse(self, "balance_weight", weight, unused=dense or other)
+        if self.lora is not None and self.lora.routed_experts and dense:
+            raise ConfigError("lora.routed_experts", True, dense, "remove it")
         unused = None if config.num_nextn_predict_layers else "has no effect while num_nextn_predict_layers is 0"
         fill_or_refuse(self, "prediction_weight", PREDICTION_WEIGHT, unused=unused or other)
         self._check_parallel(config)

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -116,6 +116,16 @@ class MappedShard:
         return counts
 
 
+class Beside(Protocol):
+    """Files on an object store that are fetched, and kept, with the shards they belong to."""
+
+    def files_of(self, shard: int) -> list[ShardFile]:
+        """Return those that go with a shard."""
+
+    def keep_mapped(self, shards: Collection[int]) -> None:
+        """Let the cache evict those of all shards but these."""
+
+
 class TokenSplit:
     """The shards of one split, memory-mapped: nothing is read before it is used, and nothing is copied.
 
@@ -137,6 +147,8 @@ class TokenSplit:
         self._files = files
         self._cache = cache
         self._row_ends: dict[int, NDArray[np.int64]] = {}
+        self.beside: Beside | None = None
+        """What else is to be at hand where a shard is; only for shards on an object store."""
 
     @classmethod
     def open(cls, folder_uri: str, split: Split, cache: Path | ShardCache | None = None) -> "TokenSplit":
@@ -179,8 +191,8 @@ class TokenSplit:
         return self._cache
 
     def bytes_in_cache(self) -> list[int]:
-        """Return what each shard takes in the node's cache; empty for local shards."""
-        return [file.bytes for file in self._files]
+        """Return what each shard takes in the node's cache, with what is beside it; empty for local shards."""
+        return [sum(file.bytes for file in self._with_beside(shard)) for shard in range(len(self._files))]
 
     def shard_tokens(self, shard: int) -> NDArray[Any]:
         """Return a shard's token stream (uint16 or uint32), a view of the file: its documents one after another.
@@ -196,7 +208,12 @@ class TokenSplit:
     def read_ahead(self, order: Sequence[int], count: int) -> None:
         """Fetch the first `count` shards of an order in the background, and evict what is late in it first."""
         if self._cache is not None:
-            self._cache.read_ahead([self._files[shard] for shard in order], count)
+            files = [self._with_beside(shard) for shard in order]
+            self._cache.read_ahead([file for each in files for file in each], sum(map(len, files[:count])))
+
+    def _with_beside(self, shard: int) -> list[ShardFile]:
+        """Return a shard's file and those that go with it."""
+        return [self._files[shard], *([] if self.beside is None else self.beside.files_of(shard))]
 
     def keep_mapped(self, shards: Collection[int]) -> None:
         """Let the cache evict all shards but these; local shards stay mapped."""
@@ -206,6 +223,8 @@ class TokenSplit:
                 lock = self._mapped.pop(shard).lock
                 assert lock is not None, "a cached file is locked"
                 lock.close()
+            if self.beside is not None:
+                self.beside.keep_mapped(shards)
 
     def release(self) -> None:
         """Stop reading ahead, and let the cache evict all shards; those used later are mapped again."""

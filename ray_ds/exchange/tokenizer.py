@@ -11,7 +11,15 @@ from ray_ds import storage
 from ray_ds.artifacts import make_digest
 from ray_ds.errors import ArtifactError
 from ray_ds.exchange.sources import read_json
-from ray_ds.tokenizer import OUR_SPECIAL_IDS, SPECIAL_TOKENS, BpeTokenizer, SpecialIds, find_problem, load_tokenizer
+from ray_ds.tokenizer import (
+    BOS_TOKEN,
+    MARK_TOKENS,
+    OUR_SPECIAL_IDS,
+    BpeTokenizer,
+    SpecialIds,
+    find_problem,
+    load_tokenizer,
+)
 from ray_ds.tokenizer_files import (
     CHAT_TEMPLATE_FILE,
     SPECIAL_IDS_FILE,
@@ -131,9 +139,9 @@ def exported_files(folder: str) -> dict[str, bytes]:
     if tokenizer.marks is not OUR_SPECIAL_IDS:
         return files
     content = json.loads(files[TOKENIZER_FILE])
-    content["post_processor"] = _bos_before(SPECIAL_TOKENS[0], tokenizer.bos_id)
+    content["post_processor"] = _bos_before(BOS_TOKEN, tokenizer.bos_id)
     files[TOKENIZER_FILE] = json.dumps(content, indent=2, ensure_ascii=False).encode()
-    marks = dict(zip(("bos_token", "eos_token", "pad_token"), SPECIAL_TOKENS, strict=True))
+    marks = dict(zip(("bos_token", "eos_token", "pad_token"), MARK_TOKENS, strict=True))
     given = json.loads(files.get(TOKENIZER_CONFIG_FILE, b"{}"))
     files[TOKENIZER_CONFIG_FILE] = _encode({**_OUR_CONFIG, **marks, **given})
     files.setdefault(SPECIAL_TOKENS_FILE, _encode(marks))

@@ -73,6 +73,7 @@ def run_units(
     folder: str,
     step: str,
     max_running: int | None = None,
+    gpus_per_unit: float = 0.0,
 ) -> list[Commit]:
     """Do the units that are not done yet, on all nodes, and return the commits of all in order.
 
@@ -82,7 +83,7 @@ def run_units(
         root: the artefact's folder, which every node can write.
         folder: where below the root commits and the log of attempts lie.
         step: names the progress lines.
-        max_running: units at a time; None for as many as there are CPUs.
+        max_running: units at a time; None for as many as the cluster holds at one CPU, and `gpus_per_unit`, each.
     Raises:
         UserError: `work` raised it.
     """
@@ -92,7 +93,7 @@ def run_units(
     progress.update(len(commits), resumed=len(commits))
     if missing:
         source = _UnitSource(missing, partial(_run_unit, work=work, root=root, folder=folder))
-        for commit in _execute(source, max_running):
+        for commit in _execute(source, max_running, gpus_per_unit):
             commits[commit.unit] = commit
             progress.update(len(commits))
     return [commits[unit.name] for unit in units]
@@ -186,7 +187,7 @@ class _UnitSource(Datasource):  # type: ignore[misc]  # ray is not typed
         return [ReadTask(partial(self.run, unit), metadata) for unit in self.units]
 
 
-def _execute(source: _UnitSource, max_running: int | None) -> Iterator[Commit]:
+def _execute(source: _UnitSource, max_running: int | None, gpus_per_unit: float) -> Iterator[Commit]:
     """Yield commits as tasks finish. Ray Data repeats tasks whose worker or node died, without limit."""
     context = DataContext.get_current()
     context.enable_progress_bars = False
@@ -197,6 +198,7 @@ def _execute(source: _UnitSource, max_running: int | None) -> Iterator[Commit]:
         override_num_blocks=len(source.units),
         concurrency=max_running,
         num_cpus=1,
+        num_gpus=gpus_per_unit or None,
     )
     with user_errors():
         for row in dataset.iter_rows():

@@ -58,7 +58,8 @@ def tokenize(settings: TokenizeSettings, run: StageRun) -> Artifact:
     )
     counts = sum_counts(commit.facts for commit in commits)
     check_counts(counts, corpus, settings, run.step)
-    copy_tokenizer(folder, run.uri)
+    # A model learns a new tokenizer's template from conversations only; a checkpoint's has learnt it.
+    copy_tokenizer(folder, run.uri, with_template=isinstance(tokenizer, Checkpoint))
     facts: dict[str, Any] = {
         "vocab_size": load_tokenizer(job.tokenizer_uri).vocab_size,
         "tokenizer_digest": tokenizer_digest,

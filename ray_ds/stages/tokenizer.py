@@ -8,6 +8,7 @@ from pydantic import JsonValue
 
 from ray_ds import storage
 from ray_ds.artifacts import Artifact, Corpus, StageRun
+from ray_ds.chat.template import ROLE_TEMPLATE, TEMPLATE_FILE
 from ray_ds.config.tokenizer import TokenizerSettings
 from ray_ds.data.documents import file_names, hash_fraction, read_documents
 from ray_ds.errors import ConfigError
@@ -34,6 +35,7 @@ def train_tokenizer(settings: TokenizerSettings, run: StageRun) -> Artifact:
         facts: dict[str, JsonValue] = ray.get(task.remote(settings, corpus, run.step, run.path("tokenizer.json")))
     if facts["vocab_size"] != settings.vocab_size:
         log_event("vocabulary_is_smaller", asked=settings.vocab_size, got=facts["vocab_size"], reason="small sample")
+    storage.write_bytes(run.path(TEMPLATE_FILE), ROLE_TEMPLATE.encode())
     return run.commit(facts, seconds=time.monotonic() - started)
 
 

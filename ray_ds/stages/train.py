@@ -9,11 +9,12 @@ import ray
 import torch
 
 from ray_ds import storage
-from ray_ds.artifacts import Artifact, StageRun, TokenShards
+from ray_ds.artifacts import Artifact, Checkpoint, StageRun, TeacherLogits, TokenShards
 from ray_ds.config.model import ModelConfig
 from ray_ds.config.model_size import num_parameters
+from ray_ds.config.objective import Distill
 from ray_ds.config.train import TrainSettings
-from ray_ds.data.rows import ROW_KIND, PackedRows, RowKind, check_any_row, open_rows
+from ray_ds.data.rows import ROW_KIND, PackedRows, RowKind, check_any_row
 from ray_ds.data.shards import Split
 from ray_ds.errors import ArtifactError, ConfigError
 from ray_ds.logs import Progress, log_event
@@ -27,7 +28,7 @@ from ray_ds.on_ray.trainer import train_on_ray
 from ray_ds.plan.case import case_of
 from ray_ds.plan.fit import check_fits
 from ray_ds.tokenizer import load_tokenizer
-from ray_ds.train.batches import check_cache, open_split
+from ray_ds.train.batches import check_cache, open_task_rows
 from ray_ds.train.metrics import SHOWN
 from ray_ds.train.task import TrainTask
 from ray_ds.train.trackers import check_trackers
@@ -79,19 +80,22 @@ def make_task(settings: TrainSettings, shards: TokenShards, run: StageRun) -> Tr
     tokenizer = load_tokenizer(shards.path("tokenizer.json"))
     start, teacher = (run.named.get(name) for name in ("init_from", "teacher"))
     if start is not None:
-        config = read_model(start, shards, settings, run.step)
+        config = read_model(start, shards, seq_len=settings.seq_len, step=run.step)
         settings = settings.for_model(config)
     else:
         config = settings.new_model(shards.fact("vocab_size"))
-    if teacher is not None:
-        read_model(teacher, shards, settings, run.step)
+    if isinstance(teacher, TeacherLogits):
+        check_teacher_logits(teacher, shards, settings, run.step)
+    elif teacher is not None:
+        read_model(teacher, shards, seq_len=settings.seq_len, step=run.step)
     return TrainTask(
         settings=settings,
         config=config,
         shards=shards.uri,
         rows=check_row_kind(shards, settings, run.step),
         init_from=None if start is None else start.uri,
-        teacher=None if teacher is None else teacher.uri,
+        teacher=teacher.uri if isinstance(teacher, Checkpoint) else None,
+        teacher_logits=teacher.uri if isinstance(teacher, TeacherLogits) else None,
         checkpoints=run.work_path("checkpoints"),
         output=run.uri,
         bos_token_id=tokenizer.bos_id,
@@ -101,7 +105,7 @@ def make_task(settings: TrainSettings, shards: TokenShards, run: StageRun) -> Tr
     )
 
 
-def read_model(checkpoint: Artifact, shards: TokenShards, settings: TrainSettings, step: str) -> ModelConfig:
+def read_model(checkpoint: Artifact, shards: TokenShards, *, seq_len: int, step: str) -> ModelConfig:
     """Return what a checkpoint's model is, if it goes with the shards.
 
     Raises:
@@ -109,17 +113,50 @@ def read_model(checkpoint: Artifact, shards: TokenShards, settings: TrainSetting
         ConfigError: rows are longer than it takes.
     """
     config = from_hf_config(json.loads(storage.read_bytes(checkpoint.path(MODEL_FOLDER, "config.json"))))
-    found, wanted = checkpoint.fact("tokenizer_digest"), shards.fact("tokenizer_digest")
-    if found != wanted:
-        allowed = f"must have the tokenizer of the shards, {wanted}, or its tokens mean other text"
-        raise ArtifactError(checkpoint.uri, f"tokenizer {found}", allowed, "tokenize the text with its own tokenizer")
+    check_same_tokenizer(checkpoint, shards)
     if config.vocab_size < shards.fact("vocab_size"):
         allowed = f"must be at least the {shards.fact('vocab_size')} tokens of the shards"
         raise ArtifactError(f"{checkpoint.uri}: vocab_size", config.vocab_size, allowed, "use a checkpoint made for it")
-    if settings.seq_len > config.max_position_embeddings:
+    if seq_len > config.max_position_embeddings:
         allowed = f"must be at most {config.max_position_embeddings}, what {checkpoint.uri} was made for"
-        raise ConfigError(f"{step}.seq_len", settings.seq_len, allowed, "lower it")
+        raise ConfigError(f"{step}.seq_len", seq_len, allowed, "lower it")
     return config
+
+
+def check_same_tokenizer(artifact: Artifact, shards: TokenShards) -> None:
+    """Refuse what has another tokenizer than the shards."""
+    found, wanted = artifact.fact("tokenizer_digest"), shards.fact("tokenizer_digest")
+    if found != wanted:
+        allowed = f"must have the tokenizer of the shards, {wanted}, or its tokens mean other text"
+        raise ArtifactError(artifact.uri, f"tokenizer {found}", allowed, "tokenize the text with its own tokenizer")
+
+
+def check_teacher_logits(logits: TeacherLogits, shards: TokenShards, settings: TrainSettings, step: str) -> None:
+    """Refuse logits that a teacher did not say to the rows that are trained on.
+
+    Raises:
+        ArtifactError: they are of other shards or tokens, or lie on an object store where the shards do not.
+        ConfigError: rows, or the temperature, are others.
+    """
+    check_same_tokenizer(logits, shards)
+    found = next(ref for ref in logits.manifest.inputs if ref.kind == TokenShards.kind)
+    if found.content_sha256 != shards.content_sha256:
+        value = f"made from the shards {found.uri}, {found.content_sha256[:12]}"
+        allowed = f"must be made from those that are trained on, {shards.uri}, {shards.content_sha256[:12]}"
+        raise ArtifactError(logits.uri, value, allowed, "name both in `from`, or store the logits of these shards")
+    if storage.is_remote(logits.uri) and not storage.is_remote(shards.uri):
+        allowed = "must lie on a disk where the shards do"
+        raise ArtifactError("teacher", logits.uri, allowed, "copy them there, or the shards to the object store")
+    assert isinstance(settings.objective, Distill), "the recipe was checked"
+    shared = {
+        "seq_len": settings.seq_len,
+        "document_mask": settings.document_mask,
+        "objective.temperature": settings.objective.temperature,
+    }
+    for field, own in shared.items():
+        stored = logits.fact(field.rsplit(".", 1)[-1])
+        if own != stored:
+            raise ConfigError(f"{step}.{field}", own, f"must be that of the stored logits, {stored}", "correct one")
 
 
 def check_row_kind(shards: TokenShards, settings: TrainSettings, step: str) -> RowKind:
@@ -163,13 +200,12 @@ def check_task(task: TrainTask, run: StageRun) -> None:
     check_trackers(settings.trackers, f"{run.step}.trackers")
     splits: list[Split] = ["train", "validation"] if settings.validate_every else ["train"]
     for split in splits:
-        opened = open_split(task.shards, split, settings.shard_cache_bytes)
-        rows = open_rows(opened, task.rows, settings.seq_len)
+        rows, _ = open_task_rows(task, split)
         check_any_row(rows, storage.join(task.shards, split), settings.seq_len)
         if isinstance(rows, PackedRows) and rows.num_dropped:
             log_event("conversations_left_out", split=split, count=rows.num_dropped, longer_than=settings.seq_len + 1)
         if split == "train":
-            check_cache(opened, settings, field=f"{run.step}.shard_cache_bytes")
+            check_cache(rows.split, settings, field=f"{run.step}.shard_cache_bytes")
     check_cluster(
         run.run_dir,
         num_workers=settings.min_workers,
@@ -177,11 +213,14 @@ def check_task(task: TrainTask, run: StageRun) -> None:
         gpus_per_worker=1.0 if task.device == "cuda" else 0.0,
         field=f"{run.step}.num_workers",
     )
-    for checkpoint in run.named.values():
+    named = run.named.values()
+    for checkpoint in (artifact for artifact in named if isinstance(artifact, Checkpoint)):
         checkpoint.verify_files()
     check_memory(task, run.step)
-    if not storage.is_remote(task.shards):  # those on an object store are checked when a node fetches them
-        run.input(TokenShards).verify_files()  # last, for it reads every shard
+    large = [artifact for artifact in named if isinstance(artifact, TeacherLogits)]
+    for artifact in (*large, run.input(TokenShards)):  # last, for they are read as a whole
+        if not storage.is_remote(artifact.uri):  # those on an object store are checked when a node fetches them
+            artifact.verify_files()
 
 
 def check_memory(task: TrainTask, step: str) -> None:

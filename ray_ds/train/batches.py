@@ -3,7 +3,7 @@
 import os
 import tempfile
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,14 +13,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ray_ds import storage
+from ray_ds.artifacts import TeacherLogits, open_artifact
 from ray_ds.config.train import TrainSettings
-from ray_ds.data.rows import NO_TARGET, Rows
+from ray_ds.data.rows import NO_TARGET, Rows, open_rows
 from ray_ds.data.sampler import Sampler
 from ray_ds.data.shard_cache import ShardCache
 from ray_ds.data.shards import Split, TokenSplit
+from ray_ds.data.teacher_logits import StoredLogits
 from ray_ds.errors import ConfigError
 from ray_ds.model.loss import IGNORED_TARGET
-from ray_ds.train.objective import MicroBatch
+from ray_ds.train.objective import MicroBatch, TopLogits
+from ray_ds.train.task import TrainTask
 
 READ_AHEAD = 2
 """Micro-batches that are ready before they are asked for."""
@@ -36,6 +39,19 @@ def open_split(shards: str, split: Split, cache_bytes: int = SHARD_CACHE_BYTES) 
         return TokenSplit.open(shards, split)
     folder = Path(tempfile.gettempdir()) / f"ray_ds-shards-{os.getuid()}"
     return TokenSplit.open(shards, split, ShardCache(folder, cache_bytes))
+
+
+def open_task_rows(task: TrainTask, name: Split) -> tuple[Rows, StoredLogits | None]:
+    """Return the rows of a split that a task trains on, and what a teacher said to them where it distils that.
+
+    Raises:
+        ArtifactError: what it said is of other rows.
+    """
+    split = open_split(task.shards, name, task.settings.shard_cache_bytes)
+    rows = open_rows(split, task.rows, task.settings.seq_len)
+    if task.teacher_logits is None:
+        return rows, None
+    return rows, StoredLogits(open_artifact(task.teacher_logits, [TeacherLogits]), name, rows)
 
 
 def check_cache(split: TokenSplit, settings: TrainSettings, *, field: str) -> None:
@@ -109,10 +125,17 @@ class Batches:
     """
 
     def __init__(
-        self, rows: Rows, settings: TrainSettings, *, rank: int, world_size: int, device: torch.device
+        self,
+        rows: Rows,
+        settings: TrainSettings,
+        *,
+        rank: int,
+        world_size: int,
+        device: torch.device,
+        teacher: StoredLogits | None = None,
     ) -> None:
         check_cache(rows.split, settings, field="shard_cache_bytes")
-        self._rows = rows
+        self._rows, self._teacher = rows, teacher
         self._split = rows.split
         self._settings = settings
         self._device = device
@@ -179,11 +202,8 @@ class Batches:
         index = self._share[place]
         if index is not None and self._split.cache is not None:
             self._have_shards(cursor, index)
-        batch = read_rows(self._rows, self._grid.rows(cursor, index), self._settings.seq_len, index)
-        if self._device.type == "cuda":
-            pinned = {name: getattr(batch, name).pin_memory() for name in _tensor_names(batch)}
-            batch = batch._replace(**pinned)
-        return batch
+        batch = read_rows(self._rows, self._grid.rows(cursor, index), self._settings.seq_len, index, self._teacher)
+        return _with_tensors(batch, Tensor.pin_memory) if self._device.type == "cuda" else batch
 
     def _have_shards(self, cursor: int, index: int) -> None:
         """Have the node's cache keep what a micro-batch needs, let go what is done with, and fetch what comes next."""
@@ -196,7 +216,13 @@ class Batches:
 
 
 def validation_batches(
-    rows: Rows, settings: TrainSettings, *, rank: int, world_size: int, device: torch.device
+    rows: Rows,
+    settings: TrainSettings,
+    *,
+    rank: int,
+    world_size: int,
+    device: torch.device,
+    teacher: StoredLogits | None = None,
 ) -> Iterator[MicroBatch]:
     """Yield a rank's part of a fixed grid of evenly spaced rows, filled up with rows without targets.
 
@@ -216,16 +242,19 @@ def validation_batches(
     split.read_ahead(order, len(order))
     for index, part, needed in zip(share, chosen, shards, strict=True):
         split.keep_mapped(needed)
-        yield _to_device(read_rows(rows, part, settings.seq_len, index), device)
+        yield _to_device(read_rows(rows, part, settings.seq_len, index, teacher), device)
     split.release()
 
 
-def read_rows(rows: Rows, indices: NDArray[np.int64], seq_len: int, index: int | None) -> MicroBatch:
+def read_rows(
+    rows: Rows, indices: NDArray[np.int64], seq_len: int, index: int | None, teacher: StoredLogits | None = None
+) -> MicroBatch:
     """Return rows as a micro-batch with a number in the grid; index -1 gives a row without targets."""
     tokens = np.zeros((len(indices), seq_len), np.int64)
     targets = np.full((len(indices), seq_len), IGNORED_TARGET, np.int64)
     segments = np.zeros((len(indices), seq_len), np.int64)
     terms = 0
+    said = None if teacher is None else teacher.blank(len(indices), seq_len)
     for place in np.flatnonzero(indices >= 0):
         row = rows.row(int(indices[place]))
         tokens[place] = row.tokens
@@ -233,8 +262,11 @@ def read_rows(rows: Rows, indices: NDArray[np.int64], seq_len: int, index: int |
         if row.segments is not None:
             segments[place] = row.segments
         terms += rows.terms(int(indices[place]))
+        if teacher is not None and said is not None:
+            said.fill(int(place), teacher.row(int(indices[place]), row))
     held = torch.from_numpy(segments) if rows.is_packed else None
-    return MicroBatch(torch.from_numpy(tokens), torch.from_numpy(targets), held, terms, index)
+    top = None if said is None else TopLogits(*map(torch.from_numpy, said))
+    return MicroBatch(torch.from_numpy(tokens), torch.from_numpy(targets), held, terms, index, top)
 
 
 def _ignoring(targets: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -242,12 +274,16 @@ def _ignoring(targets: NDArray[np.int64]) -> NDArray[np.int64]:
     return np.where(targets == NO_TARGET, IGNORED_TARGET, targets)
 
 
-def _tensor_names(batch: MicroBatch) -> list[str]:
-    """Return the fields of a micro-batch that are tensors."""
-    return [name for name, value in batch._asdict().items() if isinstance(value, Tensor)]
+def _with_tensors(batch: MicroBatch, change: Callable[[Tensor], Tensor]) -> MicroBatch:
+    """Return a micro-batch with all its tensors changed."""
+    return batch._replace(
+        tokens=change(batch.tokens),
+        targets=change(batch.targets),
+        segments=None if batch.segments is None else change(batch.segments),
+        teacher=None if batch.teacher is None else TopLogits(*map(change, batch.teacher)),
+    )
 
 
 def _to_device(batch: MicroBatch, device: torch.device) -> MicroBatch:
     """Return a micro-batch on the device; from pinned memory the copy is made while the device still computes."""
-    moved = {name: getattr(batch, name).to(device, non_blocking=True) for name in _tensor_names(batch)}
-    return batch._replace(**moved)
+    return _with_tensors(batch, lambda tensor: tensor.to(device, non_blocking=True))

@@ -1,22 +1,19 @@
 """The trained model in Hugging Face's layout, and its adapter alone in PEFT's."""
 
-import json
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from pyarrow import fs
-from safetensors.torch import save
 from torch import Tensor
 
 from ray_ds import storage
 from ray_ds.chat.template import TEMPLATE_FILE
-from ray_ds.config.objective import Lora
 from ray_ds.model.checkpoint_folder import save_checkpoint_folder
 from ray_ds.model.local_folder import MODEL_FOLDER
 from ray_ds.tokenizer_files import copy_tokenizer
-from ray_ds.train.lora import LORA_A, LORA_B, merge_adapters
+from ray_ds.train.adapter import write_adapter
+from ray_ds.train.lora import merge_adapters
 from ray_ds.train.task import TrainTask
 
 ADAPTER = "adapter"
@@ -31,7 +28,8 @@ def export_model(state: dict[str, Tensor], task: TrainTask, dtype: torch.dtype) 
     """
     if task.settings.lora is not None:
         state, adapters = merge_adapters(state, task.settings.lora)
-        _write_adapter(adapters, task.settings.lora, task)
+        adapter = storage.join(task.output, ADAPTER)
+        write_adapter(adapters, task.settings.lora, adapter, base_model=task.init_from)
     uri = storage.join(task.output, MODEL_FOLDER)
     storage.delete_folder(uri)
     with tempfile.TemporaryDirectory(prefix="ray_ds-export-") as temporary:
@@ -59,26 +57,6 @@ def _find_template(task: TrainTask) -> bytes | None:
     if task.init_from is not None:
         found.append(storage.join(task.init_from, MODEL_FOLDER, TEMPLATE_FILE))
     return next((storage.read_bytes(uri) for uri in found if storage.exists(uri)), None)
-
-
-def _write_adapter(adapters: Mapping[str, Tensor], lora: Lora, task: TrainTask) -> None:
-    """Write the adapters' factors as PEFT names them (huggingface/peft 0.17, save_and_load.py)."""
-    names = {name: f"base_model.model.{name}.weight" for name in adapters}
-    modules = sorted({name.removesuffix(LORA_A).removesuffix(LORA_B) for name in adapters})
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": task.init_from,
-        "r": lora.rank,
-        "lora_alpha": lora.alpha,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "target_modules": modules,
-    }
-    tensors = {names[name]: tensor.contiguous() for name, tensor in adapters.items()}
-    storage.write_bytes(storage.join(task.output, ADAPTER, "adapter_model.safetensors"), save(tensors))
-    text = json.dumps(config, indent=1) + "\n"
-    storage.write_bytes(storage.join(task.output, ADAPTER, "adapter_config.json"), text.encode())
 
 
 def upload_folder(folder: Path, uri: str) -> None:

@@ -12,13 +12,14 @@ from torch import Tensor
 
 from ray_ds import storage
 from ray_ds.config.model_size import flops_per_token
-from ray_ds.data.rows import Rows, open_rows
+from ray_ds.data.rows import Rows
+from ray_ds.data.teacher_logits import StoredLogits
 from ray_ds.logs import log_event
 from ray_ds.model.balance import expert_load, reset_expert_load, update_router_bias
 from ray_ds.model.documents import number_documents
 from ray_ds.train.agreement import Agreement, Word
 from ray_ds.train.bad_steps import BadSteps
-from ray_ds.train.batches import Batches, open_split, validation_batches
+from ray_ds.train.batches import Batches, open_task_rows, validation_batches
 from ray_ds.train.checkpoints import METRICS
 from ray_ds.train.export import export_model
 from ray_ds.train.goodput import Goodput, read_attempts, write_attempts
@@ -83,9 +84,8 @@ class TrainLoop:
         self.objective = make_objective(task, host.device)
         self.decoder = self.objective.decoder
         self.engine = Engine(self.objective, settings, device=host.device, world_size=host.world_size)
-        split = open_split(task.shards, "train", settings.shard_cache_bytes)
-        rows = open_rows(split, task.rows, settings.seq_len)
-        self.batches = Batches(rows, settings, **self._reader(), device=host.device)
+        rows, teacher = open_task_rows(task, "train")
+        self.batches = Batches(rows, settings, **self._reader(), device=host.device, teacher=teacher)
         self.safekeeping = Safekeeping(task, self.engine, host)
         self.profiler = StepProfiler(
             settings.profile_steps, folder=storage.join(task.output, PROFILE), rank=host.rank, device=host.device
@@ -281,15 +281,16 @@ class TrainLoop:
             self.host.report(self._record)
 
     @cached_property
-    def validation(self) -> Rows:
-        """The rows of the validation split, opened at the first look."""
-        split = open_split(self.task.shards, "validation", self.settings.shard_cache_bytes)
-        return open_rows(split, self.task.rows, self.settings.seq_len)
+    def validation(self) -> tuple[Rows, StoredLogits | None]:
+        """The rows of the validation split and what a teacher said to them, opened at the first look."""
+        return open_task_rows(self.task, "validation")
 
     def validation_loss(self) -> float:
         """Return the loss on rows of the validation split, a mean over targets or pairs."""
         sums = torch.zeros(2, dtype=torch.float64, device=self.host.device)
-        for batch in validation_batches(self.validation, self.settings, device=self.host.device, **self._reader()):
+        rows, teacher = self.validation
+        reader = self._reader()
+        for batch in validation_batches(rows, self.settings, **reader, device=self.host.device, teacher=teacher):
             self.host.beat("validation")
             sums[0] += self.engine.loss(self._masked(batch))
             sums[1] += batch.terms / self.engine.mesh.rows_shared_by

@@ -8,6 +8,17 @@ from torch import Tensor, nn
 from ray_ds.model.decoder import Decoder
 
 
+class TopLogits(NamedTuple):
+    """The k largest logits of a teacher behind each token, and what is left for all others."""
+
+    ids: Tensor
+    """Whose logits they are, (B, T, k), int64."""
+    logits: Tensor
+    """Less the largest one, (B, T, k), any float type."""
+    log_rest: Tensor
+    """Log of the sum of exp((logit - largest) / temperature) over all others, (B, T), fp32."""
+
+
 class MicroBatch(NamedTuple):
     """Rows that go through the model at once, (micro_batch, seq_len) each, int64."""
 
@@ -20,12 +31,21 @@ class MicroBatch(NamedTuple):
     """What its rows add to what the batch's loss is divided by: targets, or pairs of answers."""
     index: int | None = None  # type: ignore[assignment]  # hides `tuple.index`, which nobody calls
     """Its number in the batch's grid, the same for any world size; None for padding, in which no target counts."""
+    teacher: TopLogits | None = None
+    """What a teacher said to the tokens, where that was stored."""
+
+    @property
+    def inputs(self) -> tuple[Tensor | None, ...]:
+        """What an objective is called with."""
+        return (self.tokens, self.targets, self.segments, *(self.teacher or ()))
 
 
 class Objective(nn.Module):
     """Turns rows into a summed loss and summed figures; parameters and buffers are those of `decoder` alone.
 
-    A model that is only asked (a reference, a teacher) is no submodule, so that it is neither trained nor partitioned.
+    Called with the `inputs` of a micro-batch, it returns the summed loss, which has a gradient, and the figures:
+    (1 + len(figures),), fp32. Rows without targets add exactly nothing, to the sums and to the gradient. A model that
+    is only asked (a reference, a teacher) is no submodule, so that it is neither trained nor partitioned.
     """
 
     figures: tuple[str, ...] = ()
@@ -35,13 +55,6 @@ class Objective(nn.Module):
     def __init__(self, decoder: Decoder) -> None:
         super().__init__()
         self.decoder = decoder
-
-    def forward(self, tokens: Tensor, targets: Tensor, segments: Tensor | None) -> Tensor:
-        """Return the summed loss, which has a gradient, and the figures: (1 + len(figures),), fp32.
-
-        Rows without targets add exactly nothing, to the sums and to the gradient.
-        """
-        raise NotImplementedError
 
 
 class NextTokenObjective(Objective):

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from ray_ds import storage
-from ray_ds.artifacts import Checkpoint, open_artifact
+from ray_ds.artifacts import Checkpoint, TeacherLogits, open_artifact
 from ray_ds.config.objective import Distill, Dpo
 from ray_ds.errors import ConfigError
 from ray_ds.model.checkpoint_folder import load_checkpoint_folder
@@ -18,6 +18,7 @@ from ray_ds.train.distillation import DistillObjective
 from ray_ds.train.lora import add_adapters
 from ray_ds.train.objective import NextTokenObjective, Objective
 from ray_ds.train.preference import DpoObjective
+from ray_ds.train.stored_distillation import StoredDistillObjective
 from ray_ds.train.task import TrainTask
 
 FP8_CAPABILITY = (8, 9)
@@ -43,7 +44,8 @@ def make_objective(task: TrainTask, device: torch.device) -> Objective:
     if task.init_from is None:
         init_weights(decoder, settings.seed)
     else:
-        decoder.load_state_dict(_load(task.init_from, torch.float32, torch.device("cpu")).state_dict())
+        start = load_checkpoint(task.init_from, torch.float32, torch.device("cpu"))
+        decoder.load_state_dict(start.state_dict())
     if settings.fp8:
         _check_fp8(device)
         to_fp8(decoder.model.layers, device)
@@ -54,6 +56,9 @@ def make_objective(task: TrainTask, device: torch.device) -> Objective:
             assert task.init_from is not None, "the recipe was checked"
             return DpoObjective(decoder, dpo, _load_frozen(task.init_from, task, device))
         case Distill() as distill:
+            if task.teacher_logits is not None:
+                stored = open_artifact(task.teacher_logits, [TeacherLogits])
+                return StoredDistillObjective(decoder, distill, stored.fact("vocab_size"))
             assert task.teacher is not None, "the recipe was checked"
             return DistillObjective(decoder, distill, _load_frozen(task.teacher, task, device))
         case _:
@@ -69,11 +74,11 @@ def _check_fp8(device: torch.device) -> None:
 
 def _load_frozen(checkpoint: str, task: TrainTask, device: torch.device) -> Decoder:
     """Return a model that is only asked, in the type that training computes in."""
-    decoder = _load(checkpoint, DTYPES[task.settings.precision], device)
+    decoder = load_checkpoint(checkpoint, DTYPES[task.settings.precision], device)
     return decoder.requires_grad_(False)
 
 
-def _load(checkpoint: str, dtype: torch.dtype, device: torch.device) -> Decoder:
+def load_checkpoint(checkpoint: str, dtype: torch.dtype, device: torch.device) -> Decoder:
     """Return the model of a Checkpoint in evaluation mode."""
     if not storage.is_remote(checkpoint):
         folder = storage.local_path(storage.join(checkpoint, MODEL_FOLDER))

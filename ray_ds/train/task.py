@@ -26,6 +26,8 @@ class TrainTask:
     """Folder of the Checkpoint whose weights training starts from; absent = random ones."""
     teacher: str | None = None
     """Folder of the Checkpoint that is distilled."""
+    teacher_logits: str | None = None
+    """Folder of the TeacherLogits that are distilled instead."""
     checkpoints: str
     """Folder that unfinished training goes on from."""
     output: str

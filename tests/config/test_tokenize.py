@@ -15,14 +15,14 @@ def test_vocabulary_must_hold_bytes_and_fit_shards(vocab_size: int) -> None:
     with pytest.raises(ConfigError) as caught:
         decode_settings(TokenizerSettings, {"vocab_size": vocab_size}, where="demo.toml: tokenizer")
     assert str(caught.value) == (
-        f"demo.toml: tokenizer.vocab_size ({vocab_size}) must be from 259 (3 special tokens and 256 bytes) to 2^32; "
+        f"demo.toml: tokenizer.vocab_size ({vocab_size}) must be from 263 (7 special tokens and 256 bytes) to 2^32; "
         "try 4096 for a small model, 32768 or more else."
     )
 
 
 def test_smallest_vocabulary_is_special_tokens_and_bytes() -> None:
     assert len(SPECIAL_TOKENS) + 256 == MIN_VOCAB_SIZE
-    assert decode_settings(TokenizerSettings, {"vocab_size": 259}, where="x").vocab_size == 259
+    assert decode_settings(TokenizerSettings, {"vocab_size": 263}, where="x").vocab_size == 263
 
 
 @pytest.mark.parametrize(

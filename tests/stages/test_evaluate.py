@@ -63,7 +63,7 @@ def make_checkpoint(folder: Path, *, tokenizer_digest: str = "t0") -> Artifact:
     init_weights(decoder, 0)
     target = Path(run.path("model"))
     save_checkpoint_folder(decoder.state_dict(), config, target, dtype=torch.float32, max_shard_bytes=1 << 30)
-    (target / "tokenizer.json").write_text(train_bpe([], 259).to_json())
+    (target / "tokenizer.json").write_text(train_bpe([], 263).to_json())
     return run.commit({"tokenizer_digest": tokenizer_digest}, seconds=0.0)
 
 

@@ -24,7 +24,9 @@ SETTINGS = TokenizeSettings(validation_fraction=0.3, hold_out="group")
 
 def make_tokenizer(folder: Path, corpus: Corpus) -> Artifact:
     run = stage_run(folder, "Tokenizer", corpus)
-    return run.commit(learn(TokenizerSettings(vocab_size=400), corpus, "t", run.path("tokenizer.json")), seconds=0.0)
+    facts = learn(TokenizerSettings(vocab_size=400), corpus, "t", run.path("tokenizer.json"))
+    Path(run.path("chat_template.jinja")).write_text("{{ messages }}")
+    return run.commit(facts, seconds=0.0)
 
 
 def files(artifact: Artifact) -> dict[str, bytes]:
@@ -43,6 +45,7 @@ def test_same_bytes_for_any_number_of_workers_and_no_work_twice(tmp_path: Path, 
     one = tokenize(one_at_a_time, run)
     assert isinstance(both, TokenShards)
     assert files(one) == files(both) and one.manifest.facts == both.manifest.facts
+    assert "chat_template.jinja" not in files(both)  # which a model has not learnt from text
 
     assert both.fact("vocab_size") == tokenizer.fact("vocab_size") and both.fact("tokenizer_digest") == tokenizer.digest
     assert sum(both.fact("bytes").values()) == corpus.fact("bytes")

@@ -6,10 +6,12 @@ from typing import Any
 
 os.environ["RAY_AUTH_MODE"] = "disabled"  # read when ray is imported
 
+import numpy as np
 import pytest
 import ray
 
 from ray_ds.artifacts import Tokenizer, TokenShards
+from ray_ds.chat.template import ROLE_TEMPLATE
 from ray_ds.config.settings import decode_settings
 from ray_ds.config.tokenize_chat import TokenizeChatSettings
 from ray_ds.data.conversations import encode_record, find_sources, read_records
@@ -47,6 +49,7 @@ def make_tokenizer(folder: Path) -> Tokenizer:
     Path(run.uri).mkdir(parents=True, exist_ok=True)
     tokenizer = train_bpe(book_texts(2, 2).values(), 400)
     Path(run.path("tokenizer.json")).write_text(tokenizer.to_json())
+    Path(run.path("chat_template.jinja")).write_text(ROLE_TEMPLATE)
     artifact = run.commit({"vocab_size": tokenizer.vocab_size}, seconds=0.0)
     assert isinstance(artifact, Tokenizer)
     return artifact
@@ -69,7 +72,9 @@ def test_conversations_become_shards_that_say_what_is_learnt(
     ids, mask = split.shard(0).tokens, split.shard(0).loss_mask
     learnt = tokenizer.decode(ids[mask == 1].tolist())
     assert learnt.startswith("God ") and "say" not in learnt and ("void" in learnt) == (task == "preference")
-    assert "assistant\n" in Path(shards.path("chat_template.jinja")).read_text().replace("\\n", "\n")
+    role = tokenizer.special_ids["<|assistant|>"]
+    assert np.count_nonzero(ids == role) == split.num_documents and not mask[ids == role].any()
+    assert Path(shards.path("chat_template.jinja")).read_text() == ROLE_TEMPLATE
 
 
 @pytest.mark.ray

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from ray_ds.artifacts import Tokenizer
+from ray_ds.chat.template import ROLE_TEMPLATE
 from ray_ds.config.tokenizer import TokenizerSettings
 from ray_ds.errors import ArtifactError, ConfigError, InputError
 from ray_ds.stages import tokenizer as stage
@@ -68,6 +69,7 @@ def test_stage_writes_an_artefact_and_brings_errors_home(
     assert isinstance(artifact, Tokenizer) and artifact.input_digest("Corpus") == corpus.digest
     tokenizer = load_tokenizer(artifact.path("tokenizer.json"))
     assert artifact.fact("vocab_size") == tokenizer.vocab_size < 4096
+    assert Path(artifact.path("chat_template.jinja")).read_text() == ROLE_TEMPLATE
     assert f"vocabulary_is_smaller asked=4096 got={tokenizer.vocab_size}" in caplog.text
     assert len(json.loads(tokenizer.to_json())["model"]["vocab"]) == tokenizer.vocab_size
     run = stage_run(tmp_path, "Tokenizer", corpus, name="b")

@@ -8,12 +8,15 @@ import torch
 from safetensors.torch import load_file
 from torch.multiprocessing.spawn import ProcessExitedException
 
+from ray_ds.artifacts import TeacherLogits, find_artifact
 from ray_ds.model.checkpoint_folder import load_checkpoint_folder
 from ray_ds.train.checkpoints import find_latest
 from ray_ds.train.host import Request
 from ray_ds.train.task import TrainTask
-from tests.train.chats import new_checkpoint, tuned_settings, tuning_task
-from tests.train.runs import curve, read_records, train_in_processes
+from tests.stages.small_artifacts import stage_run
+from tests.train.chats import new_checkpoint, tuned_settings, tuning_task, write_chats
+from tests.train.runs import VOCAB_SIZE, curve, read_records, train_in_processes
+from tests.train.teachers import finish_shards, store_logits
 
 pytestmark = pytest.mark.slow
 
@@ -21,19 +24,35 @@ LORA = {"rank": 4, "alpha": 8.0}
 CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "sft": ("chat", {"zero_stage": 2}),
     "sft-lora": ("chat", {"zero_stage": 2, "lora": LORA}),
-    "sft-lora-zero3": ("chat", {"zero_stage": 3, "lora": LORA}),
+    "sft-lora-zero3": ("chat", {"zero_stage": 3, "lora": {"rank": 8, "alpha": 16.0, "routed_experts": True}}),
     "sft-lora-zero0": ("chat", {"zero_stage": 0, "lora": LORA}),
     "dpo": ("preference", {"zero_stage": 1, "objective": {"kind": "dpo", "beta": 1.0}}),
     "dpo-zero3": ("preference", {"zero_stage": 3, "objective": {"kind": "dpo"}, "lora": LORA}),
     "distill": ("chat", {"zero_stage": 2, "objective": {"kind": "distill", "temperature": 2.0}}),
+    "distill-stored": ("chat", {"zero_stage": 3, "objective": {"kind": "distill", "temperature": 2.0}}),
 }
 
 
 def make_task(folder: Path, case: str, name: str, **changes: Any) -> TrainTask:
     kind, settings = CASES[case]
-    teacher = new_checkpoint(folder / "teacher", seed=6) if case == "distill" else None
     settings = tuned_settings(**{"steps": 9, "num_workers": [1, 3], "validate_every": 4, **settings, **changes})
-    return tuning_task(folder, settings, kind, f"{case}-{name}", teacher=teacher)
+    asked: dict[str, Any] = {}
+    if case == "distill":
+        asked = {"teacher": new_checkpoint(folder / "teacher", seed=6)}
+    if case == "distill-stored":
+        asked = {"teacher_logits": stored_logits(folder, temperature=2.0).uri}
+    return tuning_task(folder, settings, kind, f"{case}-{name}", **asked)
+
+
+def stored_logits(folder: Path, **changes: Any) -> TeacherLogits:
+    """Return what a teacher says to the chats in `folder`, asked once."""
+    found = find_artifact(stage_run(folder, "TeacherLogits").uri)
+    if isinstance(found, TeacherLogits):
+        return found
+    write_chats(folder / "chat", "chat")
+    return store_logits(
+        folder, new_checkpoint(folder / "teacher", seed=6), finish_shards(folder / "chat", "chat"), **changes
+    )
 
 
 @pytest.mark.shows("Fine-tuning of any kind, stopped and resumed with other workers, has an undisturbed run's losses")
@@ -88,6 +107,19 @@ def test_dpo_starts_at_a_margin_of_zero_and_widens_it(tmp_path: Path) -> None:
     assert records[0]["reward_margin"] == 0 and abs(records[0]["loss"] - 0.6931472) < 1e-6
     assert records[-1]["reward_margin"] > 0.5 and records[-1]["reward_accuracy"] > 0.9
     assert records[-1]["validation_loss"] < 0.6
+
+
+def test_all_logits_stored_train_as_the_teacher_does(tmp_path: Path) -> None:
+    objective = {"kind": "distill", "temperature": 2.0}
+    settings = tuned_settings(steps=6, validate_every=3, num_workers=2, objective=objective)
+    stored = stored_logits(tmp_path, temperature=2.0, top_k=VOCAB_SIZE)
+    asked: list[dict[str, str]] = [{"teacher": new_checkpoint(tmp_path / "teacher")}, {"teacher_logits": stored.uri}]
+    tasks = [tuning_task(tmp_path, settings, "chat", next(iter(each)), **each) for each in asked]
+    for task in tasks:
+        train_in_processes(task)
+    live, from_store = ([(r["loss"], r["kl"], r.get("validation_loss", 0.0)) for r in read_records(t)] for t in tasks)
+    torch.testing.assert_close(torch.tensor(from_store), torch.tensor(live), rtol=1e-3, atol=1e-5)
+    assert live[0][1] > 0.003
 
 
 def test_a_teacher_that_is_the_student_has_nothing_to_say(tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ class Engine:
         if self._is_micro_batch_open:
             self._engine.step()
         with uncounted(self.decoder) if batch.index is None else contextlib.nullcontext():
-            sums: Tensor = self._engine(batch.tokens, batch.targets, batch.segments)
+            sums: Tensor = self._engine(*batch.inputs)
         # DeepSpeed averages gradients over processes; with this factor the result is the gradient of the step's mean
         # loss, whatever the number of processes and micro-batches.
         self._engine.backward(sums[0] * (self.mesh.num_copies / terms), scale_wrt_gas=False)
@@ -146,7 +146,7 @@ class Engine:
         Where a group has the same rows, it is this process's share of it.
         """
         self._engine.eval()
-        sums: Tensor = self._engine(batch.tokens, batch.targets, batch.segments)
+        sums: Tensor = self._engine(*batch.inputs)
         self._engine.train()
         return self._share(sums[0])
 
