@@ -41,6 +41,7 @@ SIDEWAYS = {
     ("train", "model"),
     ("train", "data"),
     ("train", "chat"),
+    ("evaluate", "chat"),
     ("evaluate", "model"),
     ("evaluate", "tokenizer"),
     ("evaluate", "data"),

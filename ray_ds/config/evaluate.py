@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 import pydantic
 
+from ray_ds.config.lm_eval import LmEvalSettings
 from ray_ds.config.paths import absolute_path
 from ray_ds.config.settings import OUTPUT_UNCHANGED, settings
 from ray_ds.config.tasks import TaskSettings
@@ -26,6 +27,8 @@ class EvaluateSettings:
     take xz some three minutes and 1 GB of memory for each of its two runs."""
     tasks: tuple[TaskSettings, ...] = ()
     """Questions with right answers that are put to the model."""
+    lm_eval: LmEvalSettings | None = None
+    """Tasks of lm-evaluation-harness that are put to it as well; needs the package, `pip install 'ray_ds[lm-eval]'`."""
     micro_batch: Annotated[pydantic.PositiveInt, OUTPUT_UNCHANGED] = 8
     """Rows that a worker sends through the model at once."""
     device: Annotated[Literal["auto", "cpu", "cuda"], OUTPUT_UNCHANGED] = "auto"
@@ -44,13 +47,17 @@ class EvaluateSettings:
                 raise ConfigError(f"tasks.{i}.name", name, "must be the name of one task only", "choose another")
 
     def with_root(self, root: str | None, *, where: str) -> "EvaluateSettings":
-        """Return the same settings with the tasks' relative files below `root`.
+        """Return the same settings with the tasks' relative files and folders below `root`.
 
         Raises:
             ConfigError: files are relative and there is no root.
         """
         tasks = tuple(_task_with_root(task, root, f"{where}.tasks.{i}") for i, task in enumerate(self.tasks))
-        return dataclasses.replace(self, tasks=tasks)
+        lm_eval = self.lm_eval
+        if lm_eval is not None:
+            folder = absolute_path(lm_eval.include_path, root, field=f"{where}.lm_eval.include_path")
+            lm_eval = dataclasses.replace(lm_eval, include_path=folder)
+        return dataclasses.replace(self, tasks=tasks, lm_eval=lm_eval)
 
 
 def _task_with_root(task: TaskSettings, root: str | None, where: str) -> TaskSettings:

@@ -137,8 +137,12 @@ class TaskSettings:
     """Instead: it chooses among labels."""
     generate: Generate | None = None
     """Instead: it writes the answer."""
-    joiner: str = " "
-    """What stands between a prompt and its answer, in front of every choice and in shots."""
+    chat: bool = False
+    """Ask in turns, as the model's chat template writes them: `preamble` is the system message, each shot a question
+    and an answer, and the answer is what the assistant says next."""
+    joiner: str | None = None
+    """What stands between a prompt and its answer, in front of every choice and in shots. Default: a blank; in a chat
+    the template says."""
     preamble: str = ""
     """What stands once in front of shots and question."""
     shots: pydantic.NonNegativeInt = 0
@@ -146,7 +150,7 @@ class TaskSettings:
     shot_files: Annotated[str | None, OUTPUT_UNCHANGED] = None
     """Files that shots are drawn from; without it, the task's own."""
     shot_separator: str | None = None
-    """What stands behind each shot. Default: an empty line."""
+    """What stands behind each shot. Default: an empty line; in a chat the template says."""
     max_items: pydantic.PositiveInt | None = None
     """Items to ask at most, drawn by the seed; without it, all."""
     too_long: Literal["refuse", "cut_left"] = "refuse"
@@ -171,5 +175,10 @@ class TaskSettings:
         check_template("prompt", self.prompt)
         if self.shots == 0 and self.shot_files is not None:
             raise ConfigError("shot_files", self.shot_files, "has no effect without shots", "remove it, or set shots")
+        no_text = "has no effect in a chat, whose template joins the turns" if self.chat else None
+        fill_or_refuse(self, "joiner", " ", unused=no_text)
         no_shots = None if self.shots else "has no effect without shots"
-        fill_or_refuse(self, "shot_separator", "\n\n", unused=no_shots)
+        fill_or_refuse(self, "shot_separator", "\n\n", unused=no_text or no_shots)
+        if self.chat and self.too_long == "cut_left":
+            allowed = "must be refuse in a chat, whose turns stay whole"
+            raise ConfigError("too_long", self.too_long, allowed, "remove it and ask for fewer shots, or raise seq_len")

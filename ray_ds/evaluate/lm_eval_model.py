@@ -1,6 +1,6 @@
 """A Checkpoint or QuantizedModel as a model of lm-evaluation-harness, an optional package, for its tasks and yours.
 
-    model = open_for_lm_eval("/runs/demo/pretrain/0123456789abcdef")
+    model = open_forlm_eval_module("/runs/demo/pretrain/0123456789abcdef")
     lm_eval.simple_evaluate(model=model, tasks=["mine"], task_manager=TaskManager(include_path="/sets/tasks"))
 
 Prompts that are too long lose their beginning, as with the harness's own models, but keep BOS; `num_cut` counts them.
@@ -8,7 +8,7 @@ Prompts that are too long lose their beginning, as with the harness's own models
 
 import importlib
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,11 +22,10 @@ from ray_ds.evaluate.continuations import (
     cut_left,
     encode_choices,
     plan_rows,
-    score_rows,
 )
-from ray_ds.evaluate.generation import Prompt, batch_prompts, fit_prompt, write_answers
+from ray_ds.evaluate.generation import Answer, Prompt, batch_prompts, fit_prompt
 from ray_ds.evaluate.models import load_model
-from ray_ds.model.decoder import Decoder
+from ray_ds.evaluate.tasks import Batch, Result, run_batch
 from ray_ds.model.local_folder import MODEL_FOLDER
 from ray_ds.tokenizer import BpeTokenizer, load_tokenizer
 
@@ -51,7 +50,12 @@ def open_for_lm_eval(
     with tempfile.TemporaryDirectory() as cache:
         decoder = load_model(artifact, precision, device, Path(cache))
     tokenizer = load_tokenizer(artifact.path(MODEL_FOLDER, "tokenizer.json"))
-    return as_lm_eval_model(LmEvalAnswers(decoder, tokenizer, device=device, micro_batch=micro_batch))
+
+    def run_batches(batches: Sequence[Batch]) -> dict[Key, Result]:
+        return {key: own for batch in batches for key, own in run_batch(decoder, tokenizer, batch, device).items()}
+
+    seq_len = decoder.config.max_position_embeddings
+    return as_lm_eval_model(LmEvalAnswers(run_batches, tokenizer, seq_len=seq_len, micro_batch=micro_batch))
 
 
 def check_lm_eval(field: str) -> None:
@@ -60,20 +64,31 @@ def check_lm_eval(field: str) -> None:
     Raises:
         ConfigError: it is not.
     """
-    _lm_eval("api.model", field)
+    lm_eval_module("api.model", field)
 
 
 class LmEvalAnswers:
     """What the harness asks of a model, in its words; `requests` hold the arguments of each request."""
 
-    def __init__(self, decoder: Decoder, tokenizer: BpeTokenizer, *, device: str, micro_batch: int) -> None:
+    def __init__(
+        self,
+        run_batches: Callable[[Sequence[Batch]], Mapping[Key, Result]],
+        tokenizer: BpeTokenizer,
+        *,
+        seq_len: int,
+        micro_batch: int,
+    ) -> None:
+        """Answer by a model that sees `seq_len` tokens.
+
+        Args:
+            run_batches: returns what the model says to batches, each of `micro_batch` rows or prompts at most.
+        """
         self.num_cut = 0
         """Prompts that lost their beginning so far."""
-        self._decoder = decoder
+        self._run_batches = run_batches
         self._tokenizer = tokenizer
-        self._device = device
         self._micro_batch = micro_batch
-        self._seq_len = decoder.config.max_position_embeddings
+        self._seq_len = seq_len
 
     def loglikelihood(self, requests: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
         """Return for each (context, continuation) its log-probability, and whether greedy decoding would write it.
@@ -125,21 +140,16 @@ class LmEvalAnswers:
                     seed=f"{i} {context}",
                 )
             )
-        answers: dict[Key, str] = {}
-        for batch in batch_prompts(prompts, self._micro_batch):
-            written = write_answers(self._decoder, self._tokenizer, batch, self._device)
-            answers |= {key: answer.text for key, answer in written.items()}
-        return [answers[i,] for i in range(len(requests))]
+        found = self._run_batches(list(batch_prompts(prompts, self._micro_batch)))
+        return [answer.text for i in range(len(requests)) if isinstance(answer := found[i,], Answer)]
 
     def _score(self, asked: Mapping[Key, Continuation]) -> dict[Key, Likelihood]:
-        found: dict[Key, Likelihood] = {}
-        for batch in cut_batches(plan_rows(asked), self._micro_batch, self._tokenizer.vocab_size):
-            found |= score_rows(self._decoder, batch, self._device)
-        return found
+        found = self._run_batches(list(cut_batches(plan_rows(asked), self._micro_batch, self._tokenizer.vocab_size)))
+        return {key: own for key, own in found.items() if isinstance(own, Likelihood)}
 
     def _windows(self, text: str) -> Iterator[tuple[list[int], list[int]]]:
         """Yield (context, predicted) of the harness's rolling windows."""
-        utils = _lm_eval("utils")
+        utils = lm_eval_module("utils")
         tokens = self._tokenizer.encode(text)
         for pair in utils.get_rolling_token_windows(tokens, self._tokenizer.bos_id, self._seq_len, context_len=1):
             yield utils.make_disjoint_window(pair)
@@ -147,7 +157,7 @@ class LmEvalAnswers:
 
 def as_lm_eval_model(answers: LmEvalAnswers) -> Any:
     """Return an instance of the harness's `LM`, which it asks for by type."""
-    base = _lm_eval("api.model").LM
+    base = lm_eval_module("api.model").LM
 
     class RayDsModel(base):  # type: ignore[misc, valid-type]
         """Hands the harness's requests over; results go to its cache, where it has one."""
@@ -203,8 +213,12 @@ def _too_long(text: str, seq_len: int) -> InputError:
     return InputError("answer", shown, f"must fit into the {seq_len} tokens that the model sees", "use a shorter one")
 
 
-def _lm_eval(module: str, field: str = "lm_eval") -> Any:
-    """Return a module of lm_eval."""
+def lm_eval_module(module: str, field: str = "lm_eval") -> Any:
+    """Return a module of lm_eval, which is not imported before it is asked for.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
     try:
         return importlib.import_module(f"lm_eval.{module}")
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""Questions as the model is asked them: prompts with shots, choices, and what is right."""
+"""Questions as the model is asked them: prompts with shots, or messages of a chat; choices, and what is right."""
 
 import dataclasses
 import hashlib
@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from ray_ds.chat.encoding import ASSISTANT
+from ray_ds.chat.template import Message
 from ray_ds.config.tasks import AnswerForm, Choose, Generate, TaskSettings
 from ray_ds.config.templates import MissingValueError, as_text, fill_template, text_at, value_at
 from ray_ds.errors import ConfigError, InputError
@@ -24,7 +26,9 @@ class Question:
     own_prompt: str
     """The item's prompt alone."""
     prompt: str
-    """What the model reads: preamble, shots and the item's prompt."""
+    """What the model reads: preamble, shots and the item's prompt; in a chat the item's prompt alone."""
+    messages: tuple[Message, ...] = ()
+    """In a chat, what it reads: preamble, shots and the item's prompt as messages."""
     choices: tuple[str, ...] = ()
     """What it chooses among; none where it writes the answer."""
     right: int | None = None
@@ -40,7 +44,7 @@ class Question:
     @property
     def sha256(self) -> str:
         """Return 16 hexadecimal digits of all that the model is asked and what is right."""
-        parts = repr((self.prompt, self.choices, self.right, self.references))
+        parts = repr((self.messages or self.prompt, self.choices, self.right, self.references))
         return hashlib.sha256(parts.encode("utf-8", errors="surrogatepass")).hexdigest()[:16]
 
 
@@ -81,9 +85,21 @@ def _with_shots(task: TaskSettings, question: Question, pool: Sequence[Question]
         place = rng.randrange(len(pool))
         if pool[place].own_prompt != question.own_prompt:
             drawn[place] = pool[place]
+    if task.chat:
+        return dataclasses.replace(question, messages=tuple(_messages(task, question, list(drawn.values()))))
     shots = (f"{shot.own_prompt}{task.joiner}{shot.answer}{task.shot_separator}" for shot in drawn.values())
     prompt = "".join([task.preamble, *shots, question.own_prompt])
     return dataclasses.replace(question, prompt=prompt)
+
+
+def _messages(task: TaskSettings, question: Question, shots: Sequence[Question]) -> Iterator[Message]:
+    """Yield a question behind its shots as the messages of a chat."""
+    if task.preamble:
+        yield {"role": "system", "content": task.preamble}
+    for shot in shots:
+        yield {"role": "user", "content": shot.own_prompt}
+        yield {"role": ASSISTANT, "content": shot.answer}
+    yield {"role": "user", "content": question.own_prompt}
 
 
 def _make_question(task: TaskSettings, item: Item) -> Question:

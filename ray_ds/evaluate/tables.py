@@ -1,12 +1,17 @@
 """Scores and comparisons as rows of tables for people."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from statistics import NormalDist
 from typing import Any
 
 from ray_ds.artifacts import EvalReport, open_artifact
 from ray_ds.errors import ConfigError
 from ray_ds.evaluate.comparison import Difference, compare_reports
+from ray_ds.evaluate.intervals import CONFIDENCE
 from ray_ds.logs import table_lines
+
+Z = NormalDist().inv_cdf(0.5 + CONFIDENCE / 2)
+"""Standard errors from a score to either end of its interval."""
 
 
 def scores_lines(uris: Sequence[str]) -> list[str]:
@@ -33,12 +38,23 @@ def report_rows(facts: Mapping[str, Any]) -> list[tuple[str, ...]]:
     for task, found in facts.get("tasks", {}).items():
         for metric, own in found["scores"].items():
             interval = f"{_figure(own['low'], metric)} to {_figure(own['high'], metric)}"
-            notes = [own["how"], _count(found["shots"], "shot"), *_warnings(found)]
+            notes = [own["how"], _count(found["shots"], "shot"), "chat" * found.get("chat", False), *_warnings(found)]
             if metric == "accuracy":
                 notes.append(f"guessing {_figure(found['guessing_accuracy'], metric)}")
             note = "; ".join(filter(None, notes))
             rows.append((task, metric, _figure(own["score"], metric), interval, f"{found['items']:,}", note))
-    return rows
+    return [*rows, *_lm_eval_rows(facts.get("lm_eval", {"tasks": {}}))]
+
+
+def _lm_eval_rows(found: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
+    """Yield the scores of lm-evaluation-harness as it gives them; intervals follow from its standard errors."""
+    for task, own in found["tasks"].items():
+        for metric, score in own["scores"].items():
+            value, stderr = score["score"], score["stderr"]
+            interval = "-" if stderr is None else f"{value - Z * stderr:.4g} to {value + Z * stderr:.4g}"
+            items = "-" if own["items"] is None else f"{own['items']:,}"
+            note = "; ".join(filter(None, [f"lm_eval {found['version']}", _count(own["shots"] or 0, "shot")]))
+            yield task, metric, f"{value:.4g}", interval, items, note
 
 
 def _warnings(found: Mapping[str, Any]) -> list[str]:

@@ -15,6 +15,7 @@ from pyarrow import parquet
 from ray_ds import storage
 from ray_ds.artifacts import SourceFile
 from ray_ds.config.evaluate import EvaluateSettings
+from ray_ds.config.lm_eval import LmEvalSettings
 from ray_ds.config.tasks import TaskSettings
 from ray_ds.errors import ConfigError, InputError
 
@@ -47,23 +48,44 @@ def fingerprint_tasks(settings: EvaluateSettings) -> list[SourceFile]:
     """Return every file that tasks are read from, with its sha256, task, source and licence.
 
     Raises:
-        ConfigError, InputError: as `find_task_files`.
+        ConfigError, InputError: as `find_task_files` and `find_lm_eval_files`.
     """
     found: list[SourceFile] = []
     for i, task in enumerate(settings.tasks):
         for field, pattern in (("files", task.files), ("shot_files", task.shot_files)):
             for uri in find_task_files(pattern, f"tasks.{i}.{field}") if pattern is not None else []:
-                system, path = storage.filesystem(uri)
-                found.append(
-                    SourceFile(
-                        uri=uri,
-                        bytes=system.get_file_info(path).size or 0,
-                        sha256=storage.sha256_of_version(uri),
-                        source=f"{field} of task {task.name}: {task.source}",
-                        licence=task.licence,
-                    )
-                )
+                found.append(_fingerprint(uri, f"{field} of task {task.name}: {task.source}", task.licence))
+    if settings.lm_eval is not None:
+        for uri in find_lm_eval_files(settings.lm_eval):
+            found.append(_fingerprint(uri, f"lm_eval: {settings.lm_eval.source}", settings.lm_eval.licence))
     return found
+
+
+def _fingerprint(uri: str, source: str, licence: str) -> SourceFile:
+    system, path = storage.filesystem(uri)
+    size = system.get_file_info(path).size or 0
+    return SourceFile(uri=uri, bytes=size, sha256=storage.sha256_of_version(uri), source=source, licence=licence)
+
+
+def find_lm_eval_files(settings: LmEvalSettings) -> list[str]:
+    """Return all files below the folder of lm-evaluation-harness's tasks, sorted, but what Python compiled.
+
+    Raises:
+        ConfigError: the folder is relative.
+        InputError: it holds no YAML file.
+    """
+    _check_absolute(settings.include_path, "lm_eval.include_path")
+    files = [uri for uri in storage.glob_files(f"{settings.include_path}/**") if "__pycache__" not in uri.split("/")]
+    if not any(uri.endswith(".yaml") for uri in files):
+        allowed = "must be a folder with a task's .yaml file; there is none"
+        raise InputError("lm_eval.include_path", settings.include_path, allowed, "check the path")
+    return files
+
+
+def _check_absolute(path: str, field: str) -> None:
+    if not storage.is_absolute(path):
+        allowed = "must be absolute, because a job's working directory is a copy on each node"
+        raise ConfigError(field, path, allowed, "write an absolute path or URI, or pass --root")
 
 
 def find_task_files(pattern: str, field: str) -> list[str]:
@@ -73,9 +95,7 @@ def find_task_files(pattern: str, field: str) -> list[str]:
         ConfigError: it is relative.
         InputError: it matches nothing, or a file of another format.
     """
-    if not storage.is_absolute(pattern):
-        allowed = "must be absolute, because a job's working directory is a copy on each node"
-        raise ConfigError(field, pattern, allowed, "write an absolute path or URI, or pass --root")
+    _check_absolute(pattern, field)
     found = storage.glob_files(pattern)
     if not found:
         raise InputError(field, pattern, "must match a file or more; it matches none", "check path and pattern")

@@ -1,28 +1,17 @@
-"""A task from its settings to its scores: what the model is asked, what it says, and what that amounts to.
+"""A task from its questions as tokens to its scores: what the model says, and what that amounts to.
 
 read_questions ─ask_task→ AskedTask ─plan_work→ batches ─run_batch→ results ─judge→ outcomes ─score_task→ scores
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 from pydantic import JsonValue
 
 from ray_ds.config.tasks import TaskSettings
-from ray_ds.errors import InputError
+from ray_ds.evaluate.asking import AskedTask
 from ray_ds.evaluate.bleu import bleu_counts, bleu_signature
-from ray_ds.evaluate.continuations import (
-    Continuation,
-    Key,
-    Likelihood,
-    Row,
-    cut_batches,
-    cut_left,
-    encode_choices,
-    plan_rows,
-    score_rows,
-)
-from ray_ds.evaluate.generation import Answer, Prompt, batch_prompts, fit_prompt, write_answers
+from ray_ds.evaluate.continuations import Key, Likelihood, Row, cut_batches, plan_rows, score_rows
+from ray_ds.evaluate.generation import Answer, Prompt, batch_prompts, write_answers
 from ray_ds.evaluate.intervals import bootstrap, wilson
 from ray_ds.evaluate.metrics import PROPORTIONS, guessing_accuracy, make_metric, matches
 from ray_ds.evaluate.outcomes import Outcome
@@ -33,72 +22,6 @@ from ray_ds.tokenizer import BpeTokenizer
 Batch = Sequence[Row] | Sequence[Prompt]
 """What goes through the model at once."""
 Result = Likelihood | Answer
-
-
-@dataclass(frozen=True, kw_only=True)
-class AskedTask:
-    """The questions of a task as tokens."""
-
-    settings: TaskSettings
-    questions: Sequence[Question]
-    continuations: Mapping[Key, Continuation]
-    """By (task, question, choice), where the model chooses."""
-    prompts: Sequence[Prompt]
-    """Where it writes; their keys are (task, question)."""
-    cut: frozenset[int]
-    """Questions whose prompts lost their beginning."""
-
-
-def ask_task(
-    number: int, task: TaskSettings, questions: Sequence[Question], tokenizer: BpeTokenizer, seq_len: int
-) -> AskedTask:
-    """Encode questions and see to it that they fit a model that sees `seq_len` tokens.
-
-    Raises:
-        InputError: one is too long; the message names it.
-    """
-    continuations: dict[Key, Continuation] = {}
-    prompts: list[Prompt] = []
-    cut: set[int] = set()
-    for i, question in enumerate(questions):
-        if task.generate is not None:
-            tokens = (tokenizer.bos_id, *tokenizer.encode(question.prompt))
-            room = len(tokens) + task.generate.max_new_tokens - 1
-            fitting = fit_prompt(tokens, task.generate.max_new_tokens, seq_len)
-            if fitting is not None:
-                prompts.append(
-                    Prompt(
-                        key=(number, i),
-                        tokens=fitting,
-                        max_new_tokens=task.generate.max_new_tokens,
-                        stop=task.generate.stop,
-                        temperature=task.generate.temperature,
-                        seed=f"{task.seed} {question.prompt}",
-                    )
-                )
-        else:
-            texts = [task.joiner + choice for choice in question.choices]
-            encoded = encode_choices(tokenizer, question.prompt, texts)
-            room = max(len(own.inputs) for own in encoded)
-            shorter = cut_left(encoded, seq_len)
-            fitting = None if shorter is None else ()
-            continuations |= {(number, i, choice): own for choice, own in enumerate(shorter or ())}
-        if room > seq_len:
-            if fitting is None or task.too_long == "refuse":
-                raise _too_long(task, question, room, seq_len, can_cut=fitting is not None)
-            cut.add(i)
-    return AskedTask(
-        settings=task, questions=questions, continuations=continuations, prompts=prompts, cut=frozenset(cut)
-    )
-
-
-def _too_long(task: TaskSettings, question: Question, room: int, seq_len: int, *, can_cut: bool) -> InputError:
-    """Return the complaint about a question that does not fit."""
-    action = "ask for fewer shots"
-    if can_cut:
-        action += ', or set too_long = "cut_left" to cut the beginning off'
-    allowed = f"must fit, with its answer, into seq_len = {seq_len}"
-    return InputError(f"task {task.name}: {question.place}", f"{room} tokens", allowed, action)
 
 
 def plan_work(tasks: Sequence[AskedTask], micro_batch: int, vocab_size: int) -> list[Batch]:
@@ -164,7 +87,7 @@ def _judge_answer(task: TaskSettings, question: Question, answer: Answer, *, is_
     """Return the outcome of a question that the model wrote an answer to."""
     settings = task.generate
     assert settings is not None
-    text = answer.text.removeprefix(task.joiner)
+    text = answer.text.removeprefix(task.joiner or "")
     is_right, counts = None, tuple[float, ...]()
     if "exact_match" in settings.metrics:
         is_right = matches(text, question.references, extract=settings.extract, normalise=settings.normalise or ())
@@ -189,6 +112,7 @@ def score_task(task: AskedTask, outcomes: Sequence[Outcome]) -> dict[str, JsonVa
     facts: dict[str, JsonValue] = {
         "items": len(outcomes),
         "shots": settings.shots,
+        "chat": settings.chat,
         "cut": len(task.cut),
         "seed": settings.seed,
         "scores": {name: _score(name, how, outcomes, settings.seed) for name, how in _metrics(task).items()},

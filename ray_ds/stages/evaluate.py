@@ -1,7 +1,7 @@
 """The evaluate stage: Checkpoint or QuantizedModel, and TokenShards -> EvalReport, on Ray actors and tasks.
 
-Actors with the model in memory predict the validation split and answer the tasks' questions; who takes which batch
-makes no difference. Beside them run the baselines.
+Actors with the model in memory predict the validation split and answer the tasks' questions, ours and those of
+lm-evaluation-harness. Beside them run the baselines.
 """
 
 import dataclasses
@@ -10,49 +10,39 @@ import math
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import ray
-import torch
 from pydantic import JsonValue
 from ray.util import ActorPool
 
 from ray_ds import storage
 from ray_ds.artifacts import Artifact, Checkpoint, QuantizedModel, StageRun, TokenShards
+from ray_ds.chat.encoding import ChatEncoder
+from ray_ds.chat.template import TEMPLATE_FILE, ChatTemplate
 from ray_ds.config.evaluate import EvaluateSettings
 from ray_ds.data.shards import TokenSplit
 from ray_ds.errors import ArtifactError, ConfigError, InputError
+from ray_ds.evaluate.asking import AskedTask, ask_task
 from ray_ds.evaluate.bleu import check_sacrebleu
 from ray_ds.evaluate.compression import conditional_bits_per_byte, xz_bytes
-from ray_ds.evaluate.continuations import Key
-from ray_ds.evaluate.models import load_model
+from ray_ds.evaluate.lm_eval_model import LmEvalAnswers, check_lm_eval
+from ray_ds.evaluate.lm_eval_tasks import OFFLINE, run_harness
 from ray_ds.evaluate.ngrams import BLOCK_TOKENS, bigram_nats, fit_bigram
 from ray_ds.evaluate.outcomes import OUTCOMES_FILE, Outcome, write_outcomes
-from ray_ds.evaluate.perplexity import Score, bits_per_byte, micro_batches, sum_loss
+from ray_ds.evaluate.perplexity import Score, bits_per_byte, micro_batches
 from ray_ds.evaluate.questions import read_questions
 from ray_ds.evaluate.spans import Span, count_bytes, plan_spans, text_of
 from ray_ds.evaluate.tables import report_rows
 from ray_ds.evaluate.task_files import fingerprint_tasks
-from ray_ds.evaluate.tasks import AskedTask, Batch, Result, ask_task, judge, plan_work, run_batch, score_task
+from ray_ds.evaluate.tasks import judge, plan_work, score_task
 from ray_ds.logs import Progress, log_table
 from ray_ds.model.local_folder import MODEL_FOLDER
 from ray_ds.on_ray.preflight import check_cluster
+from ray_ds.on_ray.scorers import EvaluateJob, answer_batches, start_scorers
 from ray_ds.on_ray.user_errors import user_errors
-from ray_ds.tokenizer import load_tokenizer
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluateJob:
-    """What actors and tasks need to know."""
-
-    model: Artifact
-    shards: TokenShards
-    settings: EvaluateSettings
-    device: str
-    spans: Sequence[Span]
-    """The tokens of the validation split that are predicted."""
+from ray_ds.tokenizer import BpeTokenizer, load_tokenizer
 
 
 def evaluate(settings: EvaluateSettings, run: StageRun) -> Artifact:
@@ -75,11 +65,14 @@ def evaluate(settings: EvaluateSettings, run: StageRun) -> Artifact:
     spans, num_bytes = plan_validation(settings, shards)
     questions = ask_tasks(settings, model, run.step)
     job = EvaluateJob(model=model, shards=shards, settings=settings, device=device, spans=spans)
+    if settings.lm_eval is not None:
+        check_lm_eval(f"{run.step}.lm_eval")
     with user_errors():
         scorers = start_scorers(job)
         baselines = Baselines(job) if settings.baseline_tokens else None
         score = score_model(scorers, job, num_bytes, Progress(run.step, sum(span.num_targets for span in spans)))
         outcomes = answer_tasks(scorers, job, questions, f"{run.step}_tasks")
+        harness = run_lm_eval(scorers, job, run.step) if settings.lm_eval is not None else None
         for scorer in scorers:
             ray.kill(scorer)
         facts: dict[str, JsonValue] = {
@@ -96,6 +89,8 @@ def evaluate(settings: EvaluateSettings, run: StageRun) -> Artifact:
             task.settings.name: score_task(task, own) for task, own in zip(questions, outcomes, strict=True)
         }
         write_outcomes(run.path(OUTCOMES_FILE), [own for task in outcomes for own in task])
+    if harness is not None:
+        facts["lm_eval"] = harness
     report = {**facts, "model": model.uri, "shards": shards.uri, "settings": dataclasses.asdict(settings)}
     storage.write_bytes(run.path("report.json"), json.dumps(report, indent=1, ensure_ascii=False).encode() + b"\n")
     log_table(report_rows(facts))
@@ -107,18 +102,31 @@ def ask_tasks(settings: EvaluateSettings, model: Artifact, step: str) -> list[As
 
     Raises:
         InputError: a file or an item is damaged, or a question does not fit the model; the message names it.
-        ConfigError: a package that a metric needs is not installed.
+        ConfigError: a package that a metric needs is not installed, or a task is a chat and the model has no template.
     """
-    for i, task in enumerate(settings.tasks):
-        if task.generate is not None and "bleu" in task.generate.metrics:
-            check_sacrebleu(f"{step}.tasks.{i}.generate.metrics")
     if not settings.tasks:
         return []
     tokenizer = load_tokenizer(model.path(MODEL_FOLDER, "tokenizer.json"))
+    chat = open_chat(model, tokenizer)
+    for i, task in enumerate(settings.tasks):
+        if task.generate is not None and "bleu" in task.generate.metrics:
+            check_sacrebleu(f"{step}.tasks.{i}.generate.metrics")
+        if task.chat and chat is None:
+            allowed = f"needs a chat template, which the model {model.uri} does not have"
+            action = "evaluate a model that was trained on shards of tokenize_chat, or leave chat out"
+            raise ConfigError(f"{step}.tasks.{i}.chat", True, allowed, action)
     return [
-        ask_task(number, task, read_questions(task), tokenizer, settings.seq_len)
+        ask_task(number, task, read_questions(task), tokenizer, settings.seq_len, chat)
         for number, task in enumerate(settings.tasks)
     ]
+
+
+def open_chat(model: Artifact, tokenizer: BpeTokenizer) -> ChatEncoder | None:
+    """Return how a model reads messages, if it has a chat template."""
+    uri = model.path(MODEL_FOLDER, TEMPLATE_FILE)
+    if not storage.exists(uri):
+        return None
+    return ChatEncoder(ChatTemplate(storage.read_bytes(uri).decode()), tokenizer)
 
 
 def check_same_tokenizer(model: Artifact, shards: TokenShards) -> None:
@@ -160,33 +168,6 @@ def plan_validation(settings: EvaluateSettings, shards: TokenShards) -> tuple[li
     return spans, num_bytes
 
 
-class Scorer:
-    """An actor that has loaded the model."""
-
-    def __init__(self, job: EvaluateJob) -> None:
-        torch.set_num_threads(job.settings.threads_per_worker)
-        self._cache = tempfile.TemporaryDirectory()
-        self._device = job.device
-        self._model = load_model(job.model, job.settings.precision, job.device, Path(self._cache.name))
-        self._split = TokenSplit.open(job.shards.uri, "validation", Path(self._cache.name))
-        self._tokenizer = load_tokenizer(job.model.path(MODEL_FOLDER, "tokenizer.json"))
-
-    def sum_loss(self, spans: Sequence[Span]) -> tuple[int, float]:
-        """Return the targets of a micro-batch and what they cost, in nats."""
-        return sum(span.num_targets for span in spans), sum_loss(self._model, self._split, spans, self._device)
-
-    def run_batch(self, batch: Batch) -> dict[Key, Result]:
-        """Return what the model says to a batch of the tasks' questions."""
-        return run_batch(self._model, self._tokenizer, batch, self._device)
-
-
-def start_scorers(job: EvaluateJob) -> list[Any]:
-    """Start the actors, as many as there are workers."""
-    options = {"num_cpus": job.settings.cpus_per_worker, "num_gpus": float(job.device == "cuda")}
-    actor = ray.remote(max_restarts=2, max_task_retries=2, **options)(Scorer)
-    return [actor.remote(job) for _ in range(job.settings.num_workers)]
-
-
 def score_model(scorers: list[Any], job: EvaluateJob, num_bytes: int, progress: Progress) -> Score:
     """Deal micro-batches to the actors; the sum is the same whichever actor takes which (`math.fsum` is exact)."""
     batches = micro_batches(job.spans, job.settings.micro_batch)
@@ -210,13 +191,28 @@ def answer_tasks(
     """
     vocab_size = json.loads(storage.read_bytes(job.model.path(MODEL_FOLDER, "config.json")))["vocab_size"]
     batches = plan_work(tasks, job.settings.micro_batch, vocab_size)
-    progress = Progress(progress_name, len(batches))
-    results: dict[Key, Result] = {}
-    answers = ActorPool(scorers).map_unordered(lambda actor, batch: actor.run_batch.remote(batch), batches)
-    for done, found in enumerate(answers, start=1):
-        results |= found
-        progress.update(done)
+    results = answer_batches(scorers, batches, Progress(progress_name, len(batches)).update)
     return [judge(number, task, results) for number, task in enumerate(tasks)]
+
+
+def run_lm_eval(scorers: list[Any], job: EvaluateJob, step: str) -> dict[str, JsonValue]:
+    """Return what lm-evaluation-harness finds; it runs in a process of its own, which asks the actors."""
+    assert job.settings.lm_eval is not None
+    harness = ray.remote(num_cpus=0, max_retries=0, runtime_env={"env_vars": OFFLINE})(ask_lm_eval)
+    facts: dict[str, JsonValue] = ray.get(harness.remote(scorers, job, f"{step}.lm_eval"))
+    return facts
+
+
+def ask_lm_eval(scorers: list[Any], job: EvaluateJob, field: str) -> dict[str, JsonValue]:
+    """Run the harness's tasks with the model that the actors hold."""
+    assert job.settings.lm_eval is not None
+    answers = LmEvalAnswers(
+        lambda batches: answer_batches(scorers, batches),
+        load_tokenizer(job.model.path(MODEL_FOLDER, "tokenizer.json")),
+        seq_len=job.settings.seq_len,
+        micro_batch=job.settings.micro_batch,
+    )
+    return run_harness(answers, job.settings.lm_eval, field)
 
 
 class Baselines:

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from ray_ds.config.evaluate import EvaluateSettings
-from ray_ds.config.settings import digest_settings
+from ray_ds.config.settings import decode_settings, digest_settings
 from ray_ds.errors import ConfigError
 from tests.evaluate.tiny_tasks import CHOOSE, CLASSIFY, GENERATE, task
 
@@ -42,6 +42,15 @@ from tests.evaluate.tiny_tasks import CHOOSE, CLASSIFY, GENERATE, task
         ),
         ({"choose": CHOOSE, "shot_files": "/a.jsonl"}, "tasks.0.shot_files (/a.jsonl) has no effect without shots"),
         ({"choose": CHOOSE, "shot_separator": "\n"}, "has no effect without shots; remove it."),
+        (
+            {"choose": CHOOSE, "chat": True, "joiner": "\n"},
+            "tasks.0.joiner (\n) has no effect in a chat, whose template joins the turns; remove it.",
+        ),
+        ({"choose": CHOOSE, "chat": True, "shots": 1, "shot_separator": "-"}, "shot_separator (-) has no effect in a"),
+        (
+            {"choose": CHOOSE, "chat": True, "too_long": "cut_left"},
+            "tasks.0.too_long (cut_left) must be refuse in a chat, whose turns stay whole; remove it and ask for fewer",
+        ),
         ({"choose": CHOOSE, "prompt": "{a:>5}"}, "tasks.0.prompt ({a:>5}) must not format what it holds; write {a}."),
         ({"choose": CHOOSE, "prompt": "{}"}, "tasks.0.prompt ({}) must name columns"),
         ({"choose": CHOOSE, "name": "a b"}, "tasks.0.name (a b) must be letters, digits"),
@@ -60,6 +69,33 @@ def test_defaults_follow_from_what_is_measured() -> None:
     assert generate is not None and generate.normalise == ("whitespace",) and generate.bleu_tokenizer == "13a"
     assert task(choose=CHOOSE).shot_separator is None
     assert task(choose=CHOOSE, shots=1).shot_separator == "\n\n"
+
+
+def test_what_joins_texts_is_absent_in_a_chat() -> None:
+    assert task(choose=CHOOSE).joiner == " "
+    asked = task(choose=CHOOSE, chat=True, shots=1)
+    assert (asked.joiner, asked.shot_separator) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"include_path": "s3://bucket/sets"}, "lm_eval.include_path (s3://bucket/sets) must be a local folder"),
+        ({"tasks": []}, "lm_eval.tasks ([]) must be names of tasks, each once; name one or more."),
+        ({"tasks": ["a", "a"]}, "lm_eval.tasks (['a', 'a']) must be names of tasks, each once"),
+    ],
+)
+def test_wrong_settings_of_lm_eval_are_refused(settings: dict[str, Any], message: str) -> None:
+    raw = {"seq_len": 8, "lm_eval": {"include_path": "/sets", "tasks": ["a"], **settings}}
+    with pytest.raises(ConfigError) as caught:
+        decode_settings(EvaluateSettings, raw, where="evaluate")
+    assert message in str(caught.value)
+
+
+def test_lm_evals_folder_is_below_the_root() -> None:
+    raw = {"seq_len": 8, "lm_eval": {"include_path": "sets", "tasks": ["a"]}}
+    rooted = decode_settings(EvaluateSettings, raw, where="evaluate").with_root("/root", where="evaluate")
+    assert rooted.lm_eval is not None and rooted.lm_eval.include_path == "/root/sets"
 
 
 def test_two_tasks_of_one_name_are_refused() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,9 @@ import pytest
 import torch
 
 from ray_ds.errors import ConfigError, InputError
+from ray_ds.evaluate.continuations import Key
 from ray_ds.evaluate.lm_eval_model import LmEvalAnswers, as_lm_eval_model, check_lm_eval
+from ray_ds.evaluate.tasks import Batch, Result, run_batch
 from ray_ds.model.checkpoint_folder import save_checkpoint_folder
 from tests.evaluate.tiny_tasks import MAX_LEN, tiny_config, tiny_decoder, tiny_tokenizer, write_jsonl
 
@@ -20,7 +23,12 @@ CONTINUATIONS = [" yes", " maybe blue", " no", "true one two"]
 
 def answers(micro_batch: int = 4) -> LmEvalAnswers:
     tokenizer = tiny_tokenizer()
-    return LmEvalAnswers(tiny_decoder(tokenizer), tokenizer, device="cpu", micro_batch=micro_batch)
+    decoder = tiny_decoder(tokenizer)
+
+    def run_batches(batches: Sequence[Batch]) -> dict[Key, Result]:
+        return {key: own for batch in batches for key, own in run_batch(decoder, tokenizer, batch).items()}
+
+    return LmEvalAnswers(run_batches, tokenizer, seq_len=MAX_LEN, micro_batch=micro_batch)
 
 
 @pytest.fixture(scope="module")
