@@ -72,7 +72,7 @@ class Backbone(nn.Module):
 
         Args:
             hidden: (B, T, D), this backbone's output or that of the module before; both come normed, as in
-                transformers' `MtpModel`, SGLang and TensorRT-LLM (vLLM hands on DeepSeek's states before the norm).
+                transformers' `MtpModel`. From depth 2 on vLLM hands on what is not; no DeepSeek has that depth.
             ahead: (B, T), the token `depth` places behind each, of which the module predicts the successor.
             depth: number of the module, from 1.
         Returns:

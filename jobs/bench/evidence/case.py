@@ -34,7 +34,12 @@ class Setting:
         config = dataclasses.replace(config, vocab_size=self.corpus.vocab_size)
         if not self.is_small:
             return config
-        sizes = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64, "num_hidden_layers": 2}
+        sizes: dict[str, Any] = {
+            "hidden_size": 32,
+            "num_attention_heads": 2,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+        }
         if config.attention == "gqa":
             sizes |= {"num_key_value_heads": 2, "head_dim": 16}
         if config.n_routed_experts:

@@ -6,7 +6,7 @@ from jobs.bench.evidence.case import Finding, Setting
 from jobs.bench.evidence.training import Recipe, Trainer, train, validation_nats
 from ray_ds.config.model import ModelConfig
 from ray_ds.model import Decoder, init_weights
-from ray_ds.model.experts import Experts
+from ray_ds.model.experts import Experts, MoE
 from ray_ds.model.fp8 import Fp8Experts, to_fp8
 
 MODEL = ModelConfig(
@@ -68,6 +68,6 @@ def train_once(setting: Setting, seed: int, label: str, *, is_fp8: bool) -> dict
 def all_to_fp8(decoder: Decoder, setting: Setting) -> None:
     """Have all layers multiply in FP8, also experts that are too narrow to gain by it."""
     to_fp8(decoder.model.layers, setting.device)
-    for layer in decoder.model.layers:
-        if layer.is_sparse and type(layer.mlp.experts) is Experts:
-            layer.mlp.experts = Fp8Experts.of(layer.mlp.experts)
+    for module in list(decoder.modules()):
+        if isinstance(module, MoE) and type(module.experts) is Experts:
+            module.experts = Fp8Experts.of(module.experts)

@@ -87,6 +87,6 @@ def drop_outputs(decoder: Decoder, probability: float) -> None:
         return F.dropout(output, probability, module.training)
 
     decoder.model.embed_tokens.register_forward_hook(drop)
-    for layer in decoder.model.layers:
-        layer.self_attn.register_forward_hook(drop)
-        layer.mlp.register_forward_hook(drop)
+    for name, module in decoder.model.layers.named_modules():
+        if name.endswith((".self_attn", ".mlp")):
+            module.register_forward_hook(drop)

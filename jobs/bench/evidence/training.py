@@ -57,7 +57,7 @@ class Trainer:
         self.recipe = recipe
         masters = [parameter.detach().to(device, copy=True) for parameter in decoder.parameters()]
         self.decoder = decoder.to(device, torch.bfloat16)
-        self._weights = list(decoder.parameters())
+        self._weights: list[Tensor] = list(decoder.parameters())
         self._masters = masters
         matrices, vectors = ([m for m in masters if (m.dim() >= 2) is is_matrix] for is_matrix in (True, False))
         groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
@@ -129,7 +129,7 @@ def train(
             if step == ESTIMATE_AFTER:
                 rest_s = (recipe.steps - step) * step_s
                 print(f"{label:32} {1000 * step_s:6.1f} ms a step, {rest_s:5.0f} s to go", flush=True)
-    return torch.stack(losses).tolist()
+    return list(torch.stack(losses).tolist())
 
 
 @torch.no_grad()
@@ -141,7 +141,7 @@ def validation_nats(decoder: Decoder, tokens: Tensor, seq_len: int) -> float:
     was_training = decoder.training
     decoder.eval()
     rows = all_rows(tokens, seq_len)
-    parts = rows.split(VALIDATION_ROWS)
+    parts = torch.split(rows, VALIDATION_ROWS)
     total = torch.stack([decoder(part[:, :-1], part[:, 1:]) for part in parts]).sum()
     decoder.train(was_training)
     return float(total) / rows[:, 1:].numel()
@@ -155,7 +155,7 @@ def prediction_nats(decoder: Decoder, tokens: Tensor, seq_len: int) -> float:
     """
     decoder.eval()
     total, count = 0.0, 0
-    for part in all_rows(tokens, seq_len + 1).split(VALIDATION_ROWS):
+    for part in torch.split(all_rows(tokens, seq_len + 1), VALIDATION_ROWS):
         logits, _ = decoder.draft(decoder.hidden(part[:, :-2]), part[:, 1:-1])
         goals = part[:, 2:].flatten()
         total += float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), goals, reduction="sum"))

@@ -5,6 +5,7 @@ each share and then over the shares, in bf16. The control is one worker that tak
 """
 
 import itertools
+import math
 import statistics
 import time
 from collections.abc import Sequence
@@ -61,7 +62,7 @@ def train_once(setting: Setting, *, world_size: int, permutation: int) -> Curve:
         if permutation:
             grid = [grid[place] for place in torch.randperm(len(grid), generator=orders).tolist()]
         losses.append(trainer.step(deal_out(grid, world_size)))
-    return torch.stack(losses).tolist()
+    return list(torch.stack(losses).tolist())
 
 
 def deal_out(grid: Sequence[MicroBatch], world_size: int) -> list[list[MicroBatch]]:
@@ -73,4 +74,4 @@ def deal_out(grid: Sequence[MicroBatch], world_size: int) -> list[list[MicroBatc
 
 def distance(one: Curve, other: Curve) -> float:
     """Return the root mean square of the relative differences of two runs' losses."""
-    return statistics.fmean(((a - b) / b) ** 2 for a, b in zip(one, other, strict=True)) ** 0.5
+    return math.sqrt(statistics.fmean(((a - b) / b) ** 2 for a, b in zip(one, other, strict=True)))
