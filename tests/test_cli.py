@@ -2,7 +2,10 @@
 
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -75,3 +78,21 @@ def test_a_job_refuses_relative_paths_with_2(job: str) -> None:
     result = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
     assert result.returncode == 2
     assert "run_dir (runs/demo) must be absolute" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_a_step_that_another_job_finished_meanwhile_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run_stage(*_: Any) -> None:
+        raise AssertionError("the stage ran")
+
+    def load(name: str) -> Any:
+        known = {"ray_ds.on_ray.run_lock:lock_run": nullcontext, "the stage": run_stage}
+        return known.get(name, lambda: None)
+
+    found = iter([None, SimpleNamespace(uri="/runs/clean/0123")])  # before the lock is taken, and after
+    monkeypatch.setattr(cli, "find_finished", lambda *_: next(found))
+    monkeypatch.setattr(cli, "prepare_run", lambda *_: SimpleNamespace(uri="/runs/clean/0123"))
+    monkeypatch.setattr(cli, "load_object", load)
+    step: Any = SimpleNamespace(name="clean", stage=SimpleNamespace(function="the stage"))
+    recipe: Any = SimpleNamespace()
+    cli.run_step(recipe, step)
+    assert next(found, None) is None, "it was looked for twice"

@@ -1,4 +1,4 @@
-"""A whole recipe whose text, artefacts and checkpoints are all on an object store; no node keeps a file of it."""
+"""A whole recipe, from text to answer, whose files are all on an object store."""
 
 import gzip
 import json
@@ -11,6 +11,7 @@ os.environ["RAY_AUTH_MODE"] = "disabled"  # read when ray is imported
 
 import pytest
 import ray
+from ray import serve
 
 from ray_ds import storage
 from ray_ds.cli import run_step
@@ -18,6 +19,7 @@ from ray_ds.data.sample_text import king_james_chapters
 from ray_ds.recipe import load_recipe
 from ray_ds.report import summary_lines, trace_lines, write_summary
 from ray_ds.steps import find_finished
+from tests.object_store.conftest import free_ports
 
 RECIPE = """
 name = "mini"
@@ -60,8 +62,13 @@ settings.max_tokens = 2048
 stage = "quantize"
 settings.gate_tokens = 1024
 settings.max_perplexity_ratio = 1.05
+
+[[step]]
+stage = "serve"
+settings.port = PORT
+settings.question = "And God said"
 """
-KINDS = ["Corpus", "Tokenizer", "TokenShards", "Checkpoint", "EvalReport", "QuantizedModel"]
+KINDS = ["Corpus", "Tokenizer", "TokenShards", "Checkpoint", "EvalReport", "QuantizedModel", "Endpoint"]
 
 
 @pytest.fixture
@@ -70,19 +77,20 @@ def cluster(server: object) -> Iterator[None]:
     on_sigterm = signal.getsignal(signal.SIGTERM)
     ray.init("local", num_cpus=4, object_store_memory=150_000_000, include_dashboard=False, log_to_driver=False)
     yield
+    serve.shutdown()
     ray.shutdown()
     signal.signal(signal.SIGTERM, on_sigterm)
 
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.shows("Every stage of a recipe reads from and writes to an S3-compatible store, its text included")
+@pytest.mark.shows("Every stage of a recipe works with its text and its run directory on an S3-compatible store")
 def test_a_recipe_runs_with_everything_on_the_store(cluster: None, folder: str, tmp_path: Path) -> None:
     chapters = list(king_james_chapters())[:120]
     text = gzip.compress("".join(json.dumps(chapter) + "\n" for chapter in chapters).encode())
     storage.write_bytes(f"{folder}/text/kjv.jsonl.gz", text)
     file = tmp_path / "mini.toml"
-    file.write_text(RECIPE.replace("FOLDER", folder))
+    file.write_text(RECIPE.replace("FOLDER", folder).replace("PORT", str(free_ports(1)[0])))
     recipe = load_recipe(str(file), overrides=[], root=str(tmp_path))
     for step in recipe.steps:
         run_step(recipe, step)
@@ -93,7 +101,7 @@ def test_a_recipe_runs_with_everything_on_the_store(cluster: None, folder: str, 
         artifact.verify_files()
     summary = write_summary(recipe)
     assert summary["documents"]["in"] == 120 and summary["steps"] == 6
-    assert any("int8 perplexity ratio" in line for line in summary_lines(recipe, summary))
+    assert summary["answer"] and any("int8 perplexity ratio" in line for line in summary_lines(recipe, summary))
     assert made[-1] is not None and f"{folder}/text/kjv.jsonl.gz" in "\n".join(trace_lines(made[-1].uri))
     left = [entry.path for entry in storage.list_files(f"{folder}/runs/mini")]
     assert not [path for path in left if path.endswith("lease.json") or "/checkpoints/" in path]
