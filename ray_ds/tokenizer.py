@@ -76,10 +76,11 @@ class BpeTokenizer:
         self.vocab_size = len(self._token_bytes)
         self.marks = special_ids
         self.bos_id, self.eos_id, self.pad_id = special_ids.bos_id, special_ids.eos_ids[0], special_ids.pad_id
-        self.stop_ids = frozenset((special_ids.bos_id, *special_ids.eos_ids))
-        """The ids that end an answer: no document goes on behind them."""
         self.special_ids = {token.content: i for i, token in tokenizer.get_added_tokens_decoder().items()}
         """Ids of the tokens that no text is encoded to, by their names."""
+        roles = [self.special_ids[name] for name in ROLE_TOKENS if name in self.special_ids]
+        self.stop_ids = frozenset((special_ids.bos_id, *special_ids.eos_ids, *roles))
+        """The ids that end an answer: no document goes on behind them, or another's turn begins."""
 
     @property
     def bos_token(self) -> str:

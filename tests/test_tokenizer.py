@@ -61,7 +61,7 @@ def test_tokens_are_bytes_and_all_bytes_have_one(tokenizer: BpeTokenizer) -> Non
 def test_special_tokens_have_fixed_ids_and_no_text(tokenizer: BpeTokenizer) -> None:
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (0, 1, 2)
     assert [tokenizer.special_ids[f"<|{role}|>"] for role in ("system", "user", "assistant", "tool")] == [3, 4, 5, 6]
-    assert {tokenizer.token_bytes(i) for i in range(7)} == {b""}
+    assert {tokenizer.token_bytes(i) for i in range(7)} == {b""} and tokenizer.stop_ids == {0, 1, 3, 4, 5, 6}
     ids = tokenizer.encode("a")
     assert tokenizer.decode([0, *ids, 1]) == "a"
 

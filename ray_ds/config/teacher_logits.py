@@ -26,8 +26,8 @@ class TeacherLogitsSettings:
     """What logits are divided by before that probability is taken: the `objective.temperature` of the train step."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """Type of the teacher's weights and activations."""
-    unit_tokens: pydantic.PositiveInt = 1 << 21
-    """Tokens in a file, about, which one task makes in memory after it has loaded the teacher."""
+    unit_tokens: pydantic.PositiveInt = 1 << 20
+    """Tokens in a file, about; the task that makes it loads the teacher, and needs three times the file's size."""
     micro_batch: Annotated[pydantic.PositiveInt, OUTPUT_UNCHANGED] = 8
     """Rows that a task sends through the teacher at once."""
     device: Annotated[Literal["auto", "cpu", "cuda"], OUTPUT_UNCHANGED] = "auto"

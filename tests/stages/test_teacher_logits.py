@@ -153,6 +153,11 @@ def test_logits_of_other_shards_are_refused(tmp_path: Path, monkeypatch: pytest.
     _, others = make_inputs(tmp_path, "chat")
     with pytest.raises(ArtifactError, match=r"\(made from the shards .*\) must be made from those that are trained on"):
         make_task(tmp_path, logits, others, monkeypatch)
+    far = dataclasses.replace(logits, uri="s3://bucket/logits/abc")
+    with pytest.raises(
+        ArtifactError, match=r"teacher \(s3://bucket/logits/abc\) must lie on a disk where the shards do"
+    ):
+        make_task(tmp_path, far, shards, monkeypatch)
     foreign = dataclasses.replace(shards, manifest=dataclasses.replace(shards.manifest, facts={
         **shards.manifest.facts, "tokenizer_digest": "other"}))  # fmt: skip
     with pytest.raises(ArtifactError, match=r"\(tokenizer abc\) must have the tokenizer of the shards, other"):

@@ -110,3 +110,15 @@ def test_rows_without_targets_add_nothing() -> None:
     objective = StoredDistillObjective(decoder, Distill(kind="distill"), VOCAB_SIZE)
     sums = objective(tokens, torch.full_like(targets, IGNORED_TARGET), segments, *padding)
     assert not sums.any() and not any(gradient.any() for gradient in gradients(decoder, sums[0]).values())
+
+
+@pytest.mark.gpu
+def test_a_gpu_finds_the_divergence_that_a_cpu_does() -> None:
+    student, teacher = random_logits()
+    found = []
+    for device in ("cpu", "cuda"):
+        stored = find_top_logits(teacher.to(device), 7, 2.0)
+        logits = student.detach().to(device).requires_grad_()
+        divergence = summed_top_kl(logits, stored, TARGETS.to(device), 2.0)
+        found.append((divergence.detach().cpu(), torch.autograd.grad(divergence, logits)[0].cpu()))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-6)
