@@ -41,14 +41,16 @@ WORDS = ["sky", "colour", "blue", "true", "one", "two", "three", "four", "maybe"
 HAS_SACREBLEU = importlib.util.find_spec("sacrebleu") is not None
 
 
-def make_checkpoint(folder: Path, seed: int = 0) -> Checkpoint:
+def make_checkpoint(folder: Path, seed: int = 0, *, template: str | None = None) -> Checkpoint:
     tokenizer = tiny_tokenizer()
-    run = stage_run(folder, "Checkpoint", name=f"seed{seed}")
+    run = stage_run(folder, "Checkpoint", name=f"seed{seed}{template}")
     target = Path(run.path("model"))
     state = tiny_decoder(tokenizer, seed).state_dict()
     config = tiny_config(tokenizer.vocab_size)
     save_checkpoint_folder(state, config, target, dtype=torch.float32, max_shard_bytes=1 << 30)
     (target / "tokenizer.json").write_text(tokenizer.to_json())
+    if template is not None:
+        (target / "chat_template.jinja").write_text(template)
     checkpoint = run.commit({"tokenizer_digest": "t0"}, seconds=0.0)
     assert isinstance(checkpoint, Checkpoint)
     return checkpoint
