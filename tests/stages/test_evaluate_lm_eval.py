@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
 @pytest.mark.shows("The evaluate stage runs lm_eval's tasks on local files and reports scores with standard errors")
-def test_lm_eval_asks_the_actors_that_hold_the_model(tmp_path: Path, local_ray: None) -> None:
+def test_lm_eval_asks_the_actors_that_hold_the_model(tmp_path: Path, local_ray: str) -> None:
     checkpoint, shards = make_checkpoint(tmp_path), make_shards(tmp_path)
     folder = write_sets(tmp_path / "sets", mine=CHOICE, write=WRITTEN)
     own = LmEvalSettings(include_path=str(folder), tasks=("mine", "write"), licence="CC0-1.0")
@@ -37,7 +37,7 @@ def test_lm_eval_asks_the_actors_that_hold_the_model(tmp_path: Path, local_ray: 
 
 
 @pytest.mark.shows("A task of lm_eval that would download its data is refused")
-def test_a_task_that_needs_the_network_is_refused(tmp_path: Path, local_ray: None) -> None:
+def test_a_task_that_needs_the_network_is_refused(tmp_path: Path, local_ray: str) -> None:
     checkpoint, shards = make_checkpoint(tmp_path), make_shards(tmp_path)
     folder = write_sets(tmp_path / "sets", far={**CHOICE, "dataset_path": "rajpurkar/squad", "dataset_kwargs": {}})
     own = LmEvalSettings(include_path=str(folder), tasks=("far",))
@@ -49,7 +49,7 @@ def test_a_task_that_needs_the_network_is_refused(tmp_path: Path, local_ray: Non
     assert "set dataset_path to json, csv, parquet or text" in str(caught.value)
 
 
-def test_a_chat_needs_the_models_template(tmp_path: Path, local_ray: None) -> None:
+def test_a_chat_needs_the_models_template(tmp_path: Path, local_ray: str) -> None:
     shards = make_shards(tmp_path)
     asked = dataclasses.replace(make_tasks(tmp_path)[0], joiner=None, shot_separator=None, chat=True)
     plain = make_checkpoint(tmp_path)
