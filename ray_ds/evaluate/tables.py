@@ -45,17 +45,24 @@ def report_rows(facts: Mapping[str, Any]) -> list[tuple[str, ...]]:
                 notes.append(f"guessing {_figure(found['guessing_accuracy'], metric)}")
             note = "; ".join(filter(None, notes))
             rows.append((task, metric, _figure(own["score"], metric), interval, f"{found['items']:,}", note))
-    return [*rows, *_lm_eval_rows(facts.get("lm_eval", {"tasks": {}}))]
+    if "lm_eval" in facts:
+        rows += _lm_eval_rows(facts["lm_eval"])
+    return rows
 
 
 def _lm_eval_rows(found: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
-    """Yield the scores of lm-evaluation-harness as it gives them; intervals follow from its standard errors."""
+    """Yield the scores of lm-evaluation-harness as it gives them; intervals follow from its standard errors.
+
+    How many prompts lost their beginning is known only of all its tasks together.
+    """
+    cut = _count(found["cut"], "prompt")
     for task, own in found["tasks"].items():
         for metric, score in own["scores"].items():
             value, stderr = score["score"], score["stderr"]
             interval = "-" if stderr is None else f"{value - Z * stderr:.4g} to {value + Z * stderr:.4g}"
             items = "-" if own["items"] is None else f"{own['items']:,}"
-            note = "; ".join(filter(None, [f"lm_eval {found['version']}", _count(own["shots"] or 0, "shot")]))
+            notes = [f"lm_eval {found['version']}", _count(own["shots"] or 0, "shot"), cut and f"{cut} cut in all"]
+            note = "; ".join(filter(None, notes))
             yield task, metric, f"{value:.4g}", interval, items, note
 
 

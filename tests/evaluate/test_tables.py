@@ -36,11 +36,18 @@ def test_a_report_as_a_table() -> None:
 
 def test_scores_of_lm_eval_have_the_interval_of_their_standard_error() -> None:
     scores = {"acc": {"score": 0.5, "stderr": 0.1}, "f1": {"score": 0.25, "stderr": None}}
-    found = {"version": "0.4.13", "tasks": {"mine": {"items": 26, "shots": 2, "scores": scores}}}
+    found = {"version": "0.4.13", "cut": 3, "tasks": {"mine": {"items": 26, "shots": 2, "scores": scores}}}
     rows = report_rows({"perplexity": 2.0, "bits_per_byte": 1.0, "tokens": 1, "lm_eval": found})
     assert rows[3:] == [
-        ("mine", "acc", "0.5", "0.304 to 0.696", "26", "lm_eval 0.4.13; 2 shots"),  # 0.5 -+ 1.96 * 0.1
-        ("mine", "f1", "0.25", "-", "26", "lm_eval 0.4.13; 2 shots"),
+        (
+            "mine",
+            "acc",
+            "0.5",
+            "0.304 to 0.696",
+            "26",
+            "lm_eval 0.4.13; 2 shots; 3 prompts cut in all",
+        ),  # 0.5 -+ 1.96 * 0.1
+        ("mine", "f1", "0.25", "-", "26", "lm_eval 0.4.13; 2 shots; 3 prompts cut in all"),
     ]
 
 
