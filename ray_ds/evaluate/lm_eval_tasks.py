@@ -18,6 +18,18 @@ OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "DISABLE_MULTIPROC
 """The environment of a process that runs the harness: no network, and no processes of its own."""
 
 
+def check_tasks(settings: LmEvalSettings, field: str) -> None:
+    """Load the tasks with their data once, for what is wrong with them to be known before a model is loaded.
+
+    For a process of its own, as `run_harness`.
+
+    Raises:
+        ConfigError, InputError: as `run_harness`; or the package is not installed.
+    """
+    with _loaded_tasks(settings, field):
+        pass
+
+
 def run_harness(answers: LmEvalAnswers, settings: LmEvalSettings, field: str) -> dict[str, JsonValue]:
     """Return the harness's version, and what a report says of each task and group.
 
@@ -29,13 +41,7 @@ def run_harness(answers: LmEvalAnswers, settings: LmEvalSettings, field: str) ->
         ConfigError: a task is unknown, or reads data from outside the folder.
         InputError: a task cannot be loaded, for instance because its data would have to be downloaded.
     """
-    manager = lm_eval_module("tasks").TaskManager(include_path=settings.include_path, include_defaults=False)
-    for name in settings.tasks:
-        if name not in manager.all_tasks:
-            allowed = f"must be a task, group or tag below {settings.include_path}: {', '.join(manager.all_tasks)}"
-            raise ConfigError(f"{field}.tasks", name, allowed, "name one of these")
-    with tempfile.TemporaryDirectory() as cache, contextlib.chdir(settings.include_path):
-        loaded = _load_tasks(manager, settings, field, Path(cache))
+    with _loaded_tasks(settings, field) as (manager, loaded):
         found = lm_eval_module("evaluator").simple_evaluate(
             model=as_lm_eval_model(answers),
             tasks=loaded,
@@ -54,6 +60,18 @@ def run_harness(answers: LmEvalAnswers, settings: LmEvalSettings, field: str) ->
         "cut": answers.num_cut,
         "tasks": {name: _facts(name, found) for name in found["results"]},
     }
+
+
+@contextlib.contextmanager
+def _loaded_tasks(settings: LmEvalSettings, field: str) -> Iterator[tuple[Any, list[Any]]]:
+    """Yield the harness's task manager, and the tasks and groups with their data, in the tasks' folder."""
+    manager = lm_eval_module("tasks", field).TaskManager(include_path=settings.include_path, include_defaults=False)
+    for name in settings.tasks:
+        if name not in manager.all_tasks:
+            allowed = f"must be a task, group or tag below {settings.include_path}: {', '.join(manager.all_tasks)}"
+            raise ConfigError(f"{field}.tasks", name, allowed, "name one of these")
+    with tempfile.TemporaryDirectory() as cache, contextlib.chdir(settings.include_path):
+        yield manager, _load_tasks(manager, settings, field, Path(cache))
 
 
 def _load_tasks(manager: Any, settings: LmEvalSettings, field: str, cache: Path) -> list[Any]:

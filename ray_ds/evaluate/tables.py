@@ -10,6 +10,8 @@ from ray_ds.evaluate.comparison import Difference, compare_reports
 from ray_ds.evaluate.intervals import CONFIDENCE
 from ray_ds.logs import table_lines
 
+SIGNIFICANCE = 0.05
+"""A p-value below it says which model is better."""
 Z = NormalDist().inv_cdf(0.5 + CONFIDENCE / 2)
 """Standard errors from a score to either end of its interval."""
 
@@ -43,17 +45,24 @@ def report_rows(facts: Mapping[str, Any]) -> list[tuple[str, ...]]:
                 notes.append(f"guessing {_figure(found['guessing_accuracy'], metric)}")
             note = "; ".join(filter(None, notes))
             rows.append((task, metric, _figure(own["score"], metric), interval, f"{found['items']:,}", note))
-    return [*rows, *_lm_eval_rows(facts.get("lm_eval", {"tasks": {}}))]
+    if "lm_eval" in facts:
+        rows += _lm_eval_rows(facts["lm_eval"])
+    return rows
 
 
 def _lm_eval_rows(found: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
-    """Yield the scores of lm-evaluation-harness as it gives them; intervals follow from its standard errors."""
+    """Yield the scores of lm-evaluation-harness as it gives them; intervals follow from its standard errors.
+
+    How many prompts lost their beginning is known only of all its tasks together.
+    """
+    cut = _count(found["cut"], "prompt")
     for task, own in found["tasks"].items():
         for metric, score in own["scores"].items():
             value, stderr = score["score"], score["stderr"]
             interval = "-" if stderr is None else f"{value - Z * stderr:.4g} to {value + Z * stderr:.4g}"
             items = "-" if own["items"] is None else f"{own['items']:,}"
-            note = "; ".join(filter(None, [f"lm_eval {found['version']}", _count(own["shots"] or 0, "shot")]))
+            notes = [f"lm_eval {found['version']}", _count(own["shots"] or 0, "shot"), cut and f"{cut} cut in all"]
+            note = "; ".join(filter(None, notes))
             yield task, metric, f"{value:.4g}", interval, items, note
 
 
@@ -72,17 +81,34 @@ def _count(number: int, name: str) -> str:
 
 
 def difference_rows(differences: Sequence[Difference]) -> list[tuple[str, ...]]:
-    """Return a comparison: a row a metric, the first with the columns' names."""
+    """Return a comparison: a row a metric, the first with the columns' names.
+
+    Shares differ by percentage points. Who is better is said where chance alone would show as large a difference in
+    less than 5 % of comparisons; of many rows, one in twenty says so by chance.
+    """
     rows: list[tuple[str, ...]] = [
-        ("task", "metric", "items", "first", "second", "second - first", "95 % interval", "p", "test")
+        ("task", "metric", "items", "first", "second", "second - first", "95 % interval", "p", "better", "test")
     ]
     for own in differences:
-        first, second, change, low, high = (
-            _figure(value, own.metric) for value in (own.first, own.second, own.second - own.first, own.low, own.high)
+        scale, unit = (1, "") if own.metric == "bleu" else (100, " points")
+        change, low, high = (f"{scale * value:+.2f}" for value in (own.second - own.first, own.low, own.high))
+        better = "not clear"
+        if own.p_value < SIGNIFICANCE:
+            better = "second" if own.second > own.first else "first"
+        rows.append(
+            (
+                own.task,
+                own.metric,
+                f"{own.items:,}",
+                _figure(own.first, own.metric),
+                _figure(own.second, own.metric),
+                change + unit,
+                f"{low} to {high}",
+                f"{own.p_value:.2g}",
+                better,
+                own.test,
+            )
         )
-        interval = f"{low} to {high}"
-        p_value = f"{own.p_value:.2g}"
-        rows.append((own.task, own.metric, f"{own.items:,}", first, second, change, interval, p_value, own.test))
     return rows
 
 

@@ -4,7 +4,8 @@ Who takes which batch makes no difference to a result.
 """
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,11 +58,17 @@ class Scorer:
         return run_batch(self._model, self._tokenizer, batch, self._device)
 
 
-def start_scorers(job: EvaluateJob) -> list[Any]:
-    """Start the actors, as many as there are workers."""
+@contextmanager
+def running_scorers(job: EvaluateJob) -> Iterator[list[Any]]:
+    """Start the actors, as many as there are workers, and end them."""
     options = {"num_cpus": job.settings.cpus_per_worker, "num_gpus": float(job.device == "cuda")}
     actor = ray.remote(max_restarts=2, max_task_retries=2, **options)(Scorer)
-    return [actor.remote(job) for _ in range(job.settings.num_workers)]
+    scorers = [actor.remote(job) for _ in range(job.settings.num_workers)]
+    try:
+        yield scorers
+    finally:
+        for scorer in scorers:
+            ray.kill(scorer)
 
 
 def answer_batches(

@@ -9,9 +9,9 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import ray
 from pydantic import JsonValue
@@ -27,8 +27,8 @@ from ray_ds.errors import ArtifactError, ConfigError, InputError
 from ray_ds.evaluate.asking import AskedTask, ask_task
 from ray_ds.evaluate.bleu import check_sacrebleu
 from ray_ds.evaluate.compression import conditional_bits_per_byte, xz_bytes
-from ray_ds.evaluate.lm_eval_model import LmEvalAnswers, check_lm_eval
-from ray_ds.evaluate.lm_eval_tasks import OFFLINE, run_harness
+from ray_ds.evaluate.lm_eval_model import LmEvalAnswers
+from ray_ds.evaluate.lm_eval_tasks import OFFLINE, check_tasks, run_harness
 from ray_ds.evaluate.ngrams import BLOCK_TOKENS, bigram_nats, fit_bigram
 from ray_ds.evaluate.outcomes import OUTCOMES_FILE, Outcome, write_outcomes
 from ray_ds.evaluate.perplexity import Score, bits_per_byte, micro_batches
@@ -40,9 +40,11 @@ from ray_ds.evaluate.tasks import judge, plan_work, score_task
 from ray_ds.logs import Progress, log_table
 from ray_ds.model.local_folder import MODEL_FOLDER
 from ray_ds.on_ray.preflight import check_cluster
-from ray_ds.on_ray.scorers import EvaluateJob, answer_batches, start_scorers
+from ray_ds.on_ray.scorers import EvaluateJob, answer_batches, running_scorers
 from ray_ds.on_ray.user_errors import user_errors
 from ray_ds.tokenizer import BpeTokenizer, load_tokenizer
+
+T = TypeVar("T")
 
 
 def evaluate(settings: EvaluateSettings, run: StageRun) -> Artifact:
@@ -66,15 +68,13 @@ def evaluate(settings: EvaluateSettings, run: StageRun) -> Artifact:
     questions = ask_tasks(settings, model, run.step)
     job = EvaluateJob(model=model, shards=shards, settings=settings, device=device, spans=spans)
     if settings.lm_eval is not None:
-        check_lm_eval(f"{run.step}.lm_eval")
-    with user_errors():
-        scorers = start_scorers(job)
+        in_own_process(check_tasks, settings.lm_eval, f"{run.step}.lm_eval")
+    with user_errors(), running_scorers(job) as scorers:
         baselines = Baselines(job) if settings.baseline_tokens else None
         score = score_model(scorers, job, num_bytes, Progress(run.step, sum(span.num_targets for span in spans)))
         outcomes = answer_tasks(scorers, job, questions, f"{run.step}_tasks")
-        harness = run_lm_eval(scorers, job, run.step) if settings.lm_eval is not None else None
-        for scorer in scorers:
-            ray.kill(scorer)
+        harness = in_own_process(ask_lm_eval, scorers, job, f"{run.step}.lm_eval") if settings.lm_eval else None
+    with user_errors():
         facts: dict[str, JsonValue] = {
             "model_kind": model.kind,
             "loss": score.loss,
@@ -195,12 +195,12 @@ def answer_tasks(
     return [judge(number, task, results) for number, task in enumerate(tasks)]
 
 
-def run_lm_eval(scorers: list[Any], job: EvaluateJob, step: str) -> dict[str, JsonValue]:
-    """Return what lm-evaluation-harness finds; it runs in a process of its own, which asks the actors."""
-    assert job.settings.lm_eval is not None
-    harness = ray.remote(num_cpus=0, max_retries=0, runtime_env={"env_vars": OFFLINE})(ask_lm_eval)
-    facts: dict[str, JsonValue] = ray.get(harness.remote(scorers, job, f"{step}.lm_eval"))
-    return facts
+def in_own_process(work: Callable[..., T], *arguments: Any) -> T:
+    """Return what some work with lm-evaluation-harness gives, in a process without the network beside the actors."""
+    remote = ray.remote(num_cpus=0, max_retries=0, runtime_env={"env_vars": OFFLINE})(work)
+    with user_errors():
+        result: T = ray.get(remote.remote(*arguments))
+    return result
 
 
 def ask_lm_eval(scorers: list[Any], job: EvaluateJob, field: str) -> dict[str, JsonValue]:

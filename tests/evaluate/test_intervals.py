@@ -35,6 +35,23 @@ def test_the_bootstrap_interval_of_a_share_is_scipys() -> None:
     assert (low, high) == pytest.approx((expected.low, expected.high), abs=0.25 * right.std() / math.sqrt(len(right)))
 
 
+def test_the_paired_bootstrap_interval_of_a_difference_is_scipys() -> None:
+    rng = np.random.default_rng(2)
+    chances = rng.random(400)  # items are easy or hard for both models
+    hits = [rng.random(400) < chances, rng.random(400) < np.minimum(1, chances + 0.06)]
+    first, second = ([outcome("a", "a" if hit else "b") for hit in own] for own in hits)
+    columns = tuple(own.astype(float) for own in hits)
+    expected = stats.bootstrap(
+        columns, lambda a, b, axis: b.mean(axis=axis) - a.mean(axis=axis), paired=True, n_resamples=20_000,
+        method="percentile", rng=0,
+    ).confidence_interval  # fmt: skip
+    low, high = bootstrap(make_metric("accuracy", first, second), seed=0)
+    error = (columns[1] - columns[0]).std() / math.sqrt(400)
+    assert (low, high) == pytest.approx((expected.low, expected.high), abs=0.25 * error)
+    # Two models on their own items would differ less surely.
+    assert high - low < 0.95 * 2 * 1.96 * math.hypot(*(own.std() for own in columns)) / math.sqrt(400)
+
+
 def test_the_bootstrap_follows_from_its_seed() -> None:
     metric = make_metric("macro_f1", labelled(300))
     assert bootstrap(metric, seed=0) == bootstrap(metric, seed=0) != bootstrap(metric, seed=1)

@@ -1,6 +1,7 @@
 """Items are read from jsonl and parquet, plain and compressed; what is damaged is named by file and line."""
 
 import gzip
+import hashlib
 import json
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import zstandard
 
 from ray_ds.config.evaluate import EvaluateSettings
+from ray_ds.config.lm_eval import LmEvalSettings
 from ray_ds.errors import ConfigError, InputError
 from ray_ds.evaluate.task_files import fingerprint_tasks, read_items
 from tests.data.fake_store import BUCKET, FakeStore
@@ -93,3 +95,20 @@ def test_fingerprints_name_every_file_with_its_task(tmp_path: Path) -> None:
         (two, "shot_files of task t: ours", "CC0-1.0"),
     ]
     assert found[0].sha256 != found[1].sha256
+
+
+def test_all_files_of_lm_evals_folder_are_fingerprinted(tmp_path: Path) -> None:
+    folder = tmp_path / "sets"
+    own = LmEvalSettings(include_path=str(folder), tasks=("mine",), source="us", licence="CC0-1.0")
+    with pytest.raises(InputError) as caught:
+        fingerprint_tasks(EvaluateSettings(seq_len=8, lm_eval=own))
+    assert str(caught.value) == (
+        f"lm_eval.include_path ({folder}) must be a folder with a task's .yaml file; there is none; check the path."
+    )
+    for name in ("mine.yaml", "data/items.jsonl", "code.py", "__pycache__/code.pyc"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+    found = fingerprint_tasks(EvaluateSettings(seq_len=8, lm_eval=own))
+    assert [source.uri for source in found] == [f"{folder}/{n}" for n in ("code.py", "data/items.jsonl", "mine.yaml")]
+    assert found[0].sha256 == hashlib.sha256(b"code.py").hexdigest()
+    assert {(source.source, source.licence) for source in found} == {("lm_eval: us", "CC0-1.0")}

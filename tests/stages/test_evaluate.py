@@ -75,7 +75,7 @@ def make_quantized(folder: Path, checkpoint: Artifact) -> Artifact:
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_report_is_what_one_process_computes(tmp_path: Path, local_ray: None) -> None:
+def test_report_is_what_one_process_computes(tmp_path: Path, local_ray: str) -> None:
     checkpoint, shards = make_checkpoint(tmp_path), make_shards(tmp_path)
     settings = EvaluateSettings(seq_len=32, precision="fp32", micro_batch=3, num_workers=2)
     report = evaluate(settings, stage_run(tmp_path, "EvalReport", checkpoint, shards))
@@ -104,7 +104,7 @@ def test_report_is_what_one_process_computes(tmp_path: Path, local_ray: None) ->
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_quantized_model_and_part_of_the_tokens(tmp_path: Path, local_ray: None) -> None:
+def test_quantized_model_and_part_of_the_tokens(tmp_path: Path, local_ray: str) -> None:
     quantized, shards = make_quantized(tmp_path, make_checkpoint(tmp_path)), make_shards(tmp_path)
     settings = EvaluateSettings(seq_len=16, precision="fp32", max_tokens=300, baseline_tokens=0)
     report = evaluate(settings, stage_run(tmp_path, "EvalReport", quantized, shards))

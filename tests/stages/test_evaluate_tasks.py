@@ -12,6 +12,7 @@ import torch
 from ray_ds.artifacts import Artifact, Checkpoint, EvalReport, TokenShards
 from ray_ds.config.evaluate import EvaluateSettings
 from ray_ds.config.tasks import TaskSettings
+from ray_ds.data.sample_tasks import write_sample_tasks
 from ray_ds.errors import ArtifactError, ConfigError, InputError
 from ray_ds.evaluate.comparison import compare_reports
 from ray_ds.evaluate.continuations import encode_choices
@@ -38,17 +39,20 @@ from tests.stages.small_artifacts import stage_run
 from tests.stages.test_evaluate import make_shards
 
 WORDS = ["sky", "colour", "blue", "true", "one", "two", "three", "four", "maybe", "false"]
+PROJECT = Path(__file__).parent.parent.parent
 HAS_SACREBLEU = importlib.util.find_spec("sacrebleu") is not None
 
 
-def make_checkpoint(folder: Path, seed: int = 0) -> Checkpoint:
+def make_checkpoint(folder: Path, seed: int = 0, *, template: str | None = None) -> Checkpoint:
     tokenizer = tiny_tokenizer()
-    run = stage_run(folder, "Checkpoint", name=f"seed{seed}")
+    run = stage_run(folder, "Checkpoint", name=f"seed{seed}{template}")
     target = Path(run.path("model"))
     state = tiny_decoder(tokenizer, seed).state_dict()
     config = tiny_config(tokenizer.vocab_size)
     save_checkpoint_folder(state, config, target, dtype=torch.float32, max_shard_bytes=1 << 30)
     (target / "tokenizer.json").write_text(tokenizer.to_json())
+    if template is not None:
+        (target / "chat_template.jinja").write_text(template)
     checkpoint = run.commit({"tokenizer_digest": "t0"}, seconds=0.0)
     assert isinstance(checkpoint, Checkpoint)
     return checkpoint
@@ -97,7 +101,7 @@ def run_evaluate(folder: Path, model: Artifact, shards: TokenShards, own: Evalua
 @pytest.mark.slow
 @pytest.mark.shows("A task's scores do not depend on the batch size or the number of workers")
 def test_scores_are_those_of_single_sequences_for_any_batch_and_number_of_workers(
-    tmp_path: Path, local_ray: None, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, local_ray: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     checkpoint, shards, tasks = make_checkpoint(tmp_path), make_shards(tmp_path), make_tasks(tmp_path)
     first = run_evaluate(tmp_path, checkpoint, shards, settings(tasks, micro_batch=5), "first")
@@ -136,7 +140,7 @@ def test_scores_are_those_of_single_sequences_for_any_batch_and_number_of_worker
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.shows("Two checkpoints are compared item by item from their reports, without a second run")
-def test_a_quantized_model_is_compared_with_its_checkpoint(tmp_path: Path, local_ray: None) -> None:
+def test_a_quantized_model_is_compared_with_its_checkpoint(tmp_path: Path, local_ray: str) -> None:
     checkpoint, shards, tasks = make_checkpoint(tmp_path), make_shards(tmp_path), make_tasks(tmp_path)
     quantized = make_quantized(tmp_path, checkpoint)
     first = run_evaluate(tmp_path, checkpoint, shards, settings(tasks), "first")
@@ -168,7 +172,7 @@ def test_a_quantized_model_is_compared_with_its_checkpoint(tmp_path: Path, local
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_too_long_prompts_are_refused_or_cut_and_counted(tmp_path: Path, local_ray: None) -> None:
+def test_too_long_prompts_are_refused_or_cut_and_counted(tmp_path: Path, local_ray: str) -> None:
     checkpoint, shards, tasks = make_checkpoint(tmp_path), make_shards(tmp_path), make_tasks(tmp_path, 6)
     with pytest.raises(InputError) as caught:
         run_evaluate(tmp_path, checkpoint, shards, settings(tasks, seq_len=40), "first")
@@ -184,6 +188,22 @@ def test_too_long_prompts_are_refused_or_cut_and_counted(tmp_path: Path, local_r
     assert "6 prompts cut on the left" in "\n".join(scores_lines([report.uri]))
     with pytest.raises(InputError, match=r"must fit, with its answer, into seq_len = 2; ask for fewer shots\."):
         run_evaluate(tmp_path, checkpoint, shards, settings(cutting, seq_len=2), "third")
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.shows("The tasks recipe chooses, classifies and writes on the questions that a command makes")
+def test_the_shipped_recipes_tasks_are_answered(tmp_path: Path, local_ray: str) -> None:
+    write_sample_tasks(str(tmp_path / "runs/sample_tasks"))
+    step = load_recipe(str(PROJECT / "jobs/recipes/tasks.toml"), root=str(tmp_path)).step("tasks")
+    # Fewer questions, and cut ones, for a model whose tokens are about letters.
+    few = tuple(dataclasses.replace(own, max_items=10, too_long="cut_left") for own in step.settings.tasks)
+    small = dataclasses.replace(step.settings, tasks=few, max_tokens=256, num_workers=1)
+    report = run_evaluate(tmp_path, make_checkpoint(tmp_path), make_shards(tmp_path), small, "recipe")
+    found = {name: sorted(own["scores"]) for name, own in report.fact("tasks").items()}
+    assert found == {"endings": ["accuracy"], "kinds": ["accuracy", "macro_f1"], "next_words": ["exact_match"]}
+    assert report.fact("tasks", "endings", "guessing_accuracy") == 0.25
+    assert {len(rows) for rows in read_outcomes(report).values()} == {10}
 
 
 def test_scores_of_three_reports_are_refused() -> None:

@@ -121,7 +121,7 @@ def test_shards_without_a_token_to_predict_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.ray
-def test_the_stage_commits_a_model_that_loads(local_ray: None, tmp_path: Path) -> None:
+def test_the_stage_commits_a_model_that_loads(local_ray: str, tmp_path: Path) -> None:
     checkpoint, shards = make_checkpoint(tmp_path), make_shards(tmp_path)
     artifact = quantize(SETTINGS, make_run(tmp_path, checkpoint, shards))
     assert isinstance(artifact, QuantizedModel)
@@ -147,7 +147,7 @@ def test_the_stage_commits_a_model_that_loads(local_ray: None, tmp_path: Path) -
 
 
 @pytest.mark.ray
-def test_a_model_that_int8_spoils_is_not_committed(local_ray: None, tmp_path: Path) -> None:
+def test_a_model_that_int8_spoils_is_not_committed(local_ray: str, tmp_path: Path) -> None:
     checkpoint = make_checkpoint(tmp_path, plant_outliers(trained_state("dense")))
     run = make_run(tmp_path, checkpoint, make_shards(tmp_path))
     with pytest.raises(ArtifactError, match=r"quantize.max_perplexity_ratio \(.*\) must be at most 1.01"):
@@ -157,7 +157,7 @@ def test_a_model_that_int8_spoils_is_not_committed(local_ray: None, tmp_path: Pa
 
 
 @pytest.mark.ray
-def test_a_damaged_checkpoint_is_refused(local_ray: None, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_refused(local_ray: str, tmp_path: Path) -> None:
     checkpoint = make_checkpoint(tmp_path)
     weights = Path(checkpoint.path("model", "model.safetensors"))
     data = bytearray(weights.read_bytes())
@@ -168,14 +168,14 @@ def test_a_damaged_checkpoint_is_refused(local_ray: None, tmp_path: Path) -> Non
 
 
 @pytest.mark.ray
-def test_shards_of_another_tokenizer_are_refused(local_ray: None, tmp_path: Path) -> None:
+def test_shards_of_another_tokenizer_are_refused(local_ray: str, tmp_path: Path) -> None:
     shards = make_shards(tmp_path, tokenizer="t1")
     with pytest.raises(ArtifactError, match=r"\(tokenizer t1\) must be made with the model's tokenizer, t0"):
         quantize(SETTINGS, make_run(tmp_path, make_checkpoint(tmp_path), shards))
 
 
 @pytest.mark.ray
-def test_more_threads_than_a_node_has_are_refused(local_ray: None, tmp_path: Path) -> None:
+def test_more_threads_than_a_node_has_are_refused(local_ray: str, tmp_path: Path) -> None:
     run = make_run(tmp_path, make_checkpoint(tmp_path), make_shards(tmp_path))
     with pytest.raises(ClusterError, match=r"quantize: tasks \(1\) must be at most 0, .* hold at 64 CPU a worker"):
         quantize(dataclasses.replace(SETTINGS, threads=64), run)

@@ -35,7 +35,7 @@ def files(artifact: Artifact) -> dict[str, bytes]:
 
 @pytest.mark.shows("Token shards have the same bytes for any number of workers")
 @pytest.mark.ray
-def test_same_bytes_for_any_number_of_workers_and_no_work_twice(tmp_path: Path, local_ray: None) -> None:
+def test_same_bytes_for_any_number_of_workers_and_no_work_twice(tmp_path: Path, local_ray: str) -> None:
     corpus = make_corpus(tmp_path, TEXTS, num_files=5)
     tokenizer = make_tokenizer(tmp_path, corpus)
     assert isinstance(tokenizer, Tokenizer)
@@ -73,7 +73,7 @@ def test_same_bytes_for_any_number_of_workers_and_no_work_twice(tmp_path: Path, 
 
 
 @pytest.mark.ray
-def test_error_in_a_task_comes_home_as_it_was(tmp_path: Path, local_ray: None) -> None:
+def test_error_in_a_task_comes_home_as_it_was(tmp_path: Path, local_ray: str) -> None:
     records = read_bytes(tmp_path, "raw.jsonl", jsonl(*({"id": f"book0/{i}", "text": "x"} for i in range(3))))
     corpus = make_corpus(tmp_path, {record.doc_id: record.text or "" for record in records})
     with pytest.raises(ConfigError) as caught:
@@ -87,7 +87,7 @@ def test_error_in_a_task_comes_home_as_it_was(tmp_path: Path, local_ray: None) -
 @pytest.mark.ray
 @pytest.mark.parametrize("kind", [Corpus, Tokenizer])
 def test_a_flipped_byte_in_an_input_is_noticed_before_work(
-    tmp_path: Path, local_ray: None, kind: type[Artifact]
+    tmp_path: Path, local_ray: str, kind: type[Artifact]
 ) -> None:
     corpus = make_corpus(tmp_path, TEXTS)
     run = stage_run(tmp_path, "TokenShards", corpus, make_tokenizer(tmp_path, corpus))

@@ -1,14 +1,9 @@
 import json
-import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-os.environ["RAY_AUTH_MODE"] = "disabled"  # read when ray is imported
-
 import numpy as np
 import pytest
-import ray
 
 from ray_ds.artifacts import Tokenizer, TokenShards
 from ray_ds.chat.template import ROLE_TEMPLATE
@@ -26,13 +21,6 @@ CHATS = [
     for n in range(60)
 ]
 PAIRS = [{"prompt": f"say {n}", "chosen": f"God {n}", "rejected": "void"} for n in range(60)]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster() -> Iterator[None]:
-    ray.init("local", num_cpus=2, object_store_memory=80_000_000, include_dashboard=False)
-    yield
-    ray.shutdown()
 
 
 def settings_for(folder: Path, records: list[Any], **changes: Any) -> TokenizeChatSettings:
@@ -56,6 +44,7 @@ def make_tokenizer(folder: Path) -> Tokenizer:
 
 
 @pytest.mark.ray
+@pytest.mark.usefixtures("local_ray")
 @pytest.mark.parametrize(("task", "records", "per_record"), [("chat", CHATS, 1), ("preference", PAIRS, 2)])
 def test_conversations_become_shards_that_say_what_is_learnt(
     tmp_path: Path, task: str, records: list[Any], per_record: int
@@ -78,6 +67,7 @@ def test_conversations_become_shards_that_say_what_is_learnt(
 
 
 @pytest.mark.ray
+@pytest.mark.usefixtures("local_ray")
 def test_a_split_without_conversations_is_refused(tmp_path: Path) -> None:
     run = stage_run(tmp_path, "TokenShards", make_tokenizer(tmp_path))
     with pytest.raises(ConfigError, match="must leave conversations for validation; it has none"):

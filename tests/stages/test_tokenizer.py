@@ -61,7 +61,7 @@ def test_text_that_does_not_come_back_fails_the_stage(tmp_path: Path, monkeypatc
 
 @pytest.mark.ray
 def test_stage_writes_an_artefact_and_brings_errors_home(
-    tmp_path: Path, local_ray: None, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, local_ray: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     corpus = make_corpus(tmp_path, TEXTS)
     with caplog.at_level("INFO", "ray_ds"):
@@ -78,7 +78,7 @@ def test_stage_writes_an_artefact_and_brings_errors_home(
 
 
 @pytest.mark.ray
-def test_a_flipped_byte_in_the_corpus_is_noticed_before_work(tmp_path: Path, local_ray: None) -> None:
+def test_a_flipped_byte_in_the_corpus_is_noticed_before_work(tmp_path: Path, local_ray: str) -> None:
     corpus = make_corpus(tmp_path, TEXTS)
     run = stage_run(tmp_path, "Tokenizer", corpus)
     damaged = flip_byte(corpus)

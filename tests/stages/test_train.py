@@ -3,7 +3,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,15 +22,9 @@ from ray_ds.train.checkpoints import find_latest
 from tests.stages.small_artifacts import book_texts, stage_run
 from tests.train.runs import VOCAB_SIZE, curve, make_settings, make_task, read_records, train_in_processes, write_shards
 
+pytestmark = pytest.mark.usefixtures("local_ray")
+
 SETTINGS: dict[str, Any] = {"steps": 40, "checkpoint_every": 5, "zero_stage": 1}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def address() -> Iterator[str]:
-    yield ray.init("local", num_cpus=2, object_store_memory=80_000_000, include_dashboard=False).address_info[
-        "gcs_address"
-    ]
-    ray.shutdown()
 
 
 def make_shards(folder: Path) -> TokenShards:
@@ -70,8 +63,8 @@ def start_and_kill_job(address: str, folder: Path) -> None:
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.shows("A training job that was killed goes on from its last checkpoint when it is submitted again")
-def test_killed_job_goes_on_when_submitted_again(address: str, tmp_path: Path) -> None:
-    start_and_kill_job(address, tmp_path)
+def test_killed_job_goes_on_when_submitted_again(local_ray: str, tmp_path: Path) -> None:
+    start_and_kill_job(local_ray, tmp_path)
     run = make_run(tmp_path)
     artifact = stage.train(make_settings(**SETTINGS), run)
     whole = make_task(tmp_path, make_settings(**SETTINGS), "whole")
@@ -163,10 +156,10 @@ def test_checkpoints_that_cannot_be_used(tmp_path: Path) -> None:
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.shows("A training job that is told to stop leaves a checkpoint of its last step")
-def test_job_that_is_told_to_stop_leaves_a_checkpoint_of_its_last_step(address: str, tmp_path: Path) -> None:
+def test_job_that_is_told_to_stop_leaves_a_checkpoint_of_its_last_step(local_ray: str, tmp_path: Path) -> None:
     run = make_run(tmp_path)
     code = (
-        f"from tests.stages.test_train import run_job; run_job({address!r}, {str(tmp_path)!r}, checkpoint_every=1000)"
+        f"from tests.stages.test_train import run_job; run_job({local_ray!r}, {str(tmp_path)!r}, checkpoint_every=1000)"
     )
     job = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
     metrics = Path(run.work_path("metrics.jsonl"))
