@@ -20,7 +20,7 @@ from pydantic import JsonValue
 from ray.util import ActorPool
 
 from ray_ds import storage
-from ray_ds.artifacts import Artifact, Checkpoint, QuantizedModel, StageRun, TokenShards
+from ray_ds.artifacts import Artifact, Checkpoint, QuantizedModel, TokenShards
 from ray_ds.config.evaluate import EvaluateSettings
 from ray_ds.data.shards import TokenSplit
 from ray_ds.errors import ArtifactError, ConfigError, InputError
@@ -40,6 +40,7 @@ from ray_ds.logs import Progress, log_table
 from ray_ds.model.local_folder import MODEL_FOLDER
 from ray_ds.on_ray.preflight import check_cluster
 from ray_ds.on_ray.user_errors import user_errors
+from ray_ds.stage_run import StageRun
 from ray_ds.tokenizer import load_tokenizer
 
 

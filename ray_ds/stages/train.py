@@ -9,7 +9,7 @@ import ray
 import torch
 
 from ray_ds import storage
-from ray_ds.artifacts import Artifact, StageRun, TokenShards
+from ray_ds.artifacts import Artifact, TokenShards
 from ray_ds.config.model import ModelConfig
 from ray_ds.config.model_size import num_parameters
 from ray_ds.config.train import TrainSettings
@@ -26,6 +26,7 @@ from ray_ds.on_ray.stopping import stop_request
 from ray_ds.on_ray.trainer import train_on_ray
 from ray_ds.plan.case import case_of
 from ray_ds.plan.fit import check_fits
+from ray_ds.stage_run import StageRun
 from ray_ds.tokenizer import load_tokenizer
 from ray_ds.train.batches import check_cache, open_split
 from ray_ds.train.metrics import SHOWN

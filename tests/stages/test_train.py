@@ -13,10 +13,11 @@ os.environ["RAY_AUTH_MODE"] = "disabled"  # read when ray is imported
 import pytest
 import ray
 
-from ray_ds.artifacts import Checkpoint, StageRun, TokenShards, open_artifact
+from ray_ds.artifacts import Checkpoint, TokenShards, open_artifact
 from ray_ds.config.presets import PRESETS
 from ray_ds.errors import ArtifactError, ClusterError, ConfigError, InputError, UserError
 from ray_ds.plan.devices import Fleet, find_kind
+from ray_ds.stage_run import StageRun
 from ray_ds.stages import train as stage
 from ray_ds.tokenizer import train_bpe
 from ray_ds.train.checkpoints import find_latest
