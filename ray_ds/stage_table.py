@@ -104,7 +104,7 @@ STAGES: tuple[Stage, ...] = (
         reads=(("TokenShards",),),
         named=(("init_from", ("Checkpoint",)), ("teacher", ("Checkpoint", "TeacherLogits"))),
         writes="Checkpoint",
-        version=1,
+        version=2,
         resources="Ray Train, `num_workers` CPUs or GPUs",
     ),
     Stage(

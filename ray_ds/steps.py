@@ -11,7 +11,6 @@ from ray_ds.artifacts import (
     Artifact,
     Endpoint,
     SourceFile,
-    StageRun,
     check_input,
     find_artifact,
     folder_digest,
@@ -21,6 +20,7 @@ from ray_ds.artifacts import (
 from ray_ds.config.settings import as_json, digest_settings
 from ray_ds.errors import ArtifactError, ConfigError, InputError
 from ray_ds.recipe import Recipe, Step
+from ray_ds.stage_run import StageRun
 from ray_ds.stage_table import load_object
 
 

@@ -16,6 +16,7 @@ FLOORS = {
     "config": 1,
     "artifacts": 1,
     "recipe": 1,
+    "stage_run": 1,
     "stage_table": 1,
     "steps": 1,
     "tokenizer_files": 1,

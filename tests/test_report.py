@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from ray_ds.artifacts import Artifact, Corpus, SourceFile, StageRun
+from ray_ds.artifacts import Artifact, Corpus, SourceFile
 from ray_ds.errors import ArtifactError
 from ray_ds.recipe import load_recipe
 from ray_ds.report import settings_lines, status_lines, summary_lines, trace_lines
+from ray_ds.stage_run import StageRun
 from ray_ds.steps import find_finished, prepare_run
 
 TEXT = """

@@ -28,7 +28,7 @@ import torch
 from jobs.bench.elastic_nodes import Nodes, count_false_deaths, start_nodes, wait_for
 from ray_ds.config.settings import decode_settings
 from ray_ds.config.train import TrainSettings
-from ray_ds.data.shards import write_shard
+from ray_ds.data.shard_file import write_shard
 from ray_ds.on_ray.trainer import TrainingStopped, train_on_ray
 from ray_ds.train.task import TrainTask
 

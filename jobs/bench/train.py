@@ -37,7 +37,7 @@ from torch import Tensor
 from ray_ds.config.model_size import flops_per_token, num_parameters
 from ray_ds.config.settings import decode_settings
 from ray_ds.config.train import TrainSettings
-from ray_ds.data.shards import token_dtype, write_shard
+from ray_ds.data.shard_file import token_dtype, write_shard
 from ray_ds.model.decoder import Decoder
 from ray_ds.model.initial import init_weights
 from ray_ds.on_ray.trainer import train_on_ray

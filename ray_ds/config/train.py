@@ -2,7 +2,6 @@
 
 import dataclasses
 from dataclasses import field
-from operator import attrgetter
 from typing import Annotated, Literal
 
 import pydantic
@@ -12,8 +11,9 @@ from ray_ds.config.model import Kernels, ModelConfig
 from ray_ds.config.model_settings import ModelSettings
 from ray_ds.config.objective import Lora, NextToken, Objective
 from ray_ds.config.optimizer import AdamW, Optimizer, Schedule
-from ray_ds.config.parallel import AXES, Choice, Offload, Parallel, check_sizes, refusal
+from ray_ds.config.parallel import Offload, Parallel
 from ray_ds.config.settings import OUTPUT_UNCHANGED, OutputUnchangedUnless, fill_or_refuse, settings
+from ray_ds.config.train_checks import check_parallel, check_together
 from ray_ds.errors import ConfigError
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -157,14 +157,7 @@ class TrainSettings:
         fill_or_refuse(self, "grow_pause_s", GROW_PAUSE_S, unused=elastic)
         unused = "has no effect where bad_loss is fail" if self.bad_loss == "fail" else None
         fill_or_refuse(self, "max_bad_steps", MAX_BAD_STEPS, unused=unused)
-        if self.keep_best and not self.validate_every:
-            raise ConfigError("keep_best", True, "has no effect while validate_every is 0", "remove it, or validate")
-        self._check_workers()
-        self._check_length()
-        self._check_profile()
-        self._check_grid()
-        self._check_muon()
-        self._check_fp8()
+        check_together(self)
 
     def _fill_for_model(self, config: ModelConfig) -> None:
         """Give what concerns experts and multi-token prediction its default, or refuse it where it has no effect."""
@@ -180,29 +173,7 @@ class TrainSettings:
             raise ConfigError("lora.routed_experts", True, dense, "remove it")
         unused = None if config.num_nextn_predict_layers else "has no effect while num_nextn_predict_layers is 0"
         fill_or_refuse(self, "prediction_weight", PREDICTION_WEIGHT, unused=unused or other)
-        self._check_parallel(config)
-
-    def _check_parallel(self, config: ModelConfig) -> None:
-        """Refuse what does not go together, by the table of `config.parallel`."""
-        choice = Choice(
-            axes=tuple(axis for axis in AXES if getattr(self.parallel, axis) > 1),
-            zero_stage=self.zero_stage,
-            offload=self.offload,
-            precision=self.precision,
-            optimizer=self.optimizer.kind,
-            attention=config.attention,
-            has_experts=config.num_moe_layers > 0,
-            objective=self.objective.kind,
-            has_adapters=self.lora is not None,
-            is_fp8=self.fp8,
-            is_compiled=self.compile,
-        )
-        rule = refusal(choice)
-        if rule is not None:
-            value = attrgetter(rule.field)(self)
-            shown = list(choice.axes) if isinstance(value, Parallel) else value
-            raise ConfigError(rule.field, shown, rule.allowed, rule.action)
-        check_sizes(self.parallel, config, self.seq_len)
+        check_parallel(self, config)
 
     def new_model(self, vocab_size: int) -> ModelConfig:
         """Return the model that is made anew, for rows of `seq_len`; for settings whose step starts from none."""
@@ -240,85 +211,6 @@ class TrainSettings:
             value = "given" if has_teacher else "missing"
             allowed = 'must be named with objective.kind = "distill", and only then'
             raise ConfigError(f"{where}.teacher", value, allowed, "add or remove it, beside stage")
-
-    def _check_length(self) -> None:
-        """Want exactly one of `steps` and `tokens`, and more steps than the warm-up has."""
-        if (self.steps is None) == (self.tokens is None):
-            value = "neither" if self.steps is None else f"{self.steps} and {self.tokens}"
-            raise ConfigError("steps or tokens", value, "must be given, exactly one of them", "give one")
-        if self.schedule.warmup_steps >= self.num_steps:
-            allowed = f"must be below the number of steps ({self.num_steps})"
-            raise ConfigError("schedule.warmup_steps", self.schedule.warmup_steps, allowed, "lower it")
-
-    def _check_profile(self) -> None:
-        """Want steps that will run, in order."""
-        if self.profile_steps is not None and not self.profile_steps[0] <= self.profile_steps[1] <= self.num_steps:
-            allowed = f"must be [first, last] within the steps, 1 to {self.num_steps}"
-            raise ConfigError("profile_steps", list(self.profile_steps), allowed, "correct it")
-
-    def _check_grid(self) -> None:
-        """Want a batch of whole micro-batches, at least one for each worker."""
-        unit = self.micro_batch * self.seq_len
-        if self.batch_tokens % unit:
-            allowed = f"must be a multiple of micro_batch * seq_len ({self.micro_batch} * {self.seq_len} = {unit})"
-            raise ConfigError("batch_tokens", self.batch_tokens, allowed, f"try {_round_up(self.batch_tokens, unit)}")
-        most = self.num_micro_batches * self.parallel.rows_shared_by
-        if self.max_workers > most:
-            together = f" times {self.parallel.rows_shared_by}" if self.parallel.rows_shared_by > 1 else ""
-            allowed = f"must be at most {most}, the micro-batches of a step (batch_tokens / {unit}){together}"
-            raise ConfigError("num_workers", self.num_workers, allowed, "ask for fewer workers or larger batches")
-
-    def _check_workers(self) -> None:
-        """Want a range of workers that is one, and sizes that lie in it."""
-        given = list(self.worker_range) if self.is_elastic else self.num_workers
-        if self.min_workers < 1:
-            allowed = "must be 1 or more, a number or [min, max]"
-            raise ConfigError("num_workers", given, allowed, "raise it")
-        if self.min_workers > self.max_workers:
-            raise ConfigError("num_workers", given, "must be [min, max]", "swap them")
-        self._check_groups()
-        if self.allowed_workers is None:
-            return
-        if not self.allowed_workers:
-            raise ConfigError("allowed_workers", [], "must name a number of workers", "add one, or remove the setting")
-        if not self.is_elastic:
-            value = list(self.allowed_workers)
-            raise ConfigError("allowed_workers", value, "has no effect with a fixed number of workers", "remove it")
-        if any(not self.min_workers <= size <= self.max_workers for size in self.allowed_workers):
-            allowed = f"must lie within num_workers, {self.min_workers} to {self.max_workers}"
-            raise ConfigError("allowed_workers", list(self.allowed_workers), allowed, "correct one of them")
-
-    def _check_groups(self) -> None:
-        """Want numbers of workers that are whole groups, and a policy that keeps to them."""
-        size = self.parallel.group_size
-        for name, sizes in (("num_workers", self.worker_range), ("allowed_workers", self.allowed_workers or ())):
-            if any(number % size for number in sizes):
-                value = getattr(self, name)
-                allowed = f"must be whole groups of {size}, the product of parallel"
-                raise ConfigError(name, list(value) if isinstance(value, tuple) else value, allowed, "correct it")
-        if size > 1 and self.scaling == "stock":
-            allowed = "must be graceful in groups: Ray Train's own policy knows no whole groups"
-            raise ConfigError("scaling", "stock", allowed, "remove it")
-
-    def _check_muon(self) -> None:
-        """Refuse clipping where DeepSpeed would clip Muon's update instead of the gradient.
-
-        Source: DeepSpeed 0.19.8, stage_1_and_2.py `step` and stage3.py `step`: the norm is taken after Muon ran.
-        """
-        if self.optimizer.kind == "muon" and self.lora is not None:
-            action = 'use kind = "adamw"'
-            raise ConfigError("optimizer.kind", "muon", "must be adamw with lora: A and B are factors", action)
-        if self.optimizer.kind == "muon" and self.zero_stage >= 1 and self.gradient_clipping > 0:
-            allowed = "must be 0 with Muon in ZeRO 1-3, where DeepSpeed clips the orthogonalized update"
-            action = "set it to 0 (Muon's update does not grow with the gradient), or set zero_stage to 0"
-            raise ConfigError("gradient_clipping", self.gradient_clipping, allowed, action)
-
-    def _check_fp8(self) -> None:
-        """Refuse FP8 beside what it is not made for."""
-        if self.fp8 and self.precision != "bf16":
-            raise ConfigError("fp8", True, f"must be off with precision {self.precision}", "use bf16, or remove it")
-        if self.fp8 and self.lora is not None:
-            raise ConfigError("fp8", True, "must be off with lora, whose adapters are small", "remove one of them")
 
     @property
     def worker_range(self) -> tuple[int, int]:
@@ -361,8 +253,3 @@ class TrainSettings:
     def batch_rows(self) -> int:
         """Rows of a step, over all workers."""
         return self.batch_tokens // self.seq_len
-
-
-def _round_up(value: int, unit: int) -> int:
-    """Return the smallest multiple of `unit` that is at least `value`."""
-    return -(-value // unit) * unit

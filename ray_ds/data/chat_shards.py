@@ -12,7 +12,8 @@ from ray_ds.chat.template import ChatTemplate
 from ray_ds.data.clean_text import Publish
 from ray_ds.data.conversations import encode_record, read_records
 from ray_ds.data.documents import hash_fraction
-from ray_ds.data.shards import SHARD_SUFFIX, SPLITS, Split, encode_shard, token_dtype
+from ray_ds.data.shard_file import encode_shard, token_dtype
+from ray_ds.data.shards import SHARD_SUFFIX, SPLITS, Split
 from ray_ds.tokenizer import load_tokenizer
 
 

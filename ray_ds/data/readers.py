@@ -1,22 +1,17 @@
 """Read raw records piece by piece; what is damaged becomes a record that says where and why, and reading goes on."""
 
 import json
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
-import zstandard
 from pyarrow import parquet
 
-from ray_ds import storage
+from ray_ds.data.lines import MAX_RECORD_BYTES, DamageError, Line, read_stream, split_lines
 from ray_ds.data.units import InputFile, Piece, Unit, missing_column_error, open_parquet
 
-MAX_RECORD_BYTES = 32 << 20
-"""A longer line, cell or txt file is set aside: a hundred Bibles' chapters in one record are no document."""
 EXCERPT_BYTES = 1 << 16
-READ_BYTES = 1 << 18
 PARQUET_ROWS = 256
 SNIFF_RECORDS = 64
 _BOM = b"\xef\xbb\xbf"
@@ -39,25 +34,6 @@ class Record:
     detail: str = ""
     excerpt: bytes = b""
     """At most `EXCERPT_BYTES` of what was found, of damaged records."""
-
-
-class _DamageError(Exception):
-    """A record, or the rest of a stream, cannot be read."""
-
-    def __init__(self, damage: str, detail: str = "") -> None:
-        super().__init__(damage, detail)
-        self.damage = damage
-        self.detail = detail
-
-
-@dataclass(frozen=True, slots=True)
-class _Line:
-    position: int
-    data: bytes
-    """Without the line break, and cut after `MAX_RECORD_BYTES`."""
-    length: int
-    broken: _DamageError | None = None
-    """Set on the last line of a stream that could not be read to its end."""
 
 
 def read_unit(unit: Unit) -> Iterator[Record]:
@@ -96,19 +72,19 @@ def check_columns(files: list[InputFile]) -> None:
 def _sniff_keys(file: InputFile) -> set[str] | None:
     """Return all keys of a file's first good records; None where it has none."""
     keys: set[str] | None = None
-    for number, line in enumerate(_split_lines(_read_stream(file), 0)):
+    for number, line in enumerate(split_lines(read_stream(file), 0)):
         if number >= SNIFF_RECORDS:
             break
         try:
             keys = (keys or set()) | set(_parse_object(line))
-        except _DamageError:
+        except DamageError:
             continue
     return keys
 
 
 def _read_jsonl(piece: Piece) -> Iterator[Record]:
     """Yield the records whose first byte lies in [start, stop)."""
-    lines = _split_lines(_read_stream(piece.file, max(piece.start - 1, 0)), max(piece.start - 1, 0))
+    lines = split_lines(read_stream(piece.file, max(piece.start - 1, 0)), max(piece.start - 1, 0))
     if piece.start > 0:
         next(lines, None)  # it began in the piece before, or is the empty end of its last line
     for line in lines:
@@ -118,7 +94,7 @@ def _read_jsonl(piece: Piece) -> Iterator[Record]:
             continue
         try:
             yield _make_record(piece, line.position, _parse_object(line))
-        except _DamageError as error:
+        except DamageError as error:
             yield _damaged(piece, line.position, error, line.data)
 
 
@@ -126,14 +102,14 @@ def _read_txt(piece: Piece) -> Iterator[Record]:
     """Yield the file as one record."""
     data = bytearray()
     try:
-        for block in _read_stream(piece.file):
+        for block in read_stream(piece.file):
             data += block
             if len(data) > MAX_RECORD_BYTES:
-                raise _DamageError("too_long", f"more than {MAX_RECORD_BYTES} bytes")
+                raise DamageError("too_long", f"more than {MAX_RECORD_BYTES} bytes")
         text = _decode(bytes(data).removeprefix(_BOM))
         if text.strip():
             yield _make_record(piece, 0, {piece.file.files.text_column: text})
-    except _DamageError as error:
+    except DamageError as error:
         yield _damaged(piece, 0, error, bytes(data))
 
 
@@ -142,7 +118,7 @@ def _read_parquet(piece: Piece) -> Iterator[Record]:
     try:
         reader = parquet.ParquetFile(open_parquet(piece.file.uri))
     except (pa.ArrowException, OSError) as error:
-        yield _damaged(piece, 0, _DamageError("bad_parquet", str(error)), b"")
+        yield _damaged(piece, 0, DamageError("bad_parquet", str(error)), b"")
         return
     columns = piece.file.files.columns()
     first_row = sum(reader.metadata.row_group(group).num_rows for group in range(piece.start))
@@ -154,7 +130,7 @@ def _read_parquet(piece: Piece) -> Iterator[Record]:
                     yield _make_parquet_record(piece, row, dict(zip(columns, values, strict=True)))
                     row += 1
         except (pa.ArrowException, OSError) as error:
-            yield _damaged(piece, row, _DamageError("bad_parquet", f"row group {group}: {error}"), b"")
+            yield _damaged(piece, row, DamageError("bad_parquet", f"row group {group}: {error}"), b"")
         first_row += reader.metadata.row_group(group).num_rows
 
 
@@ -173,122 +149,36 @@ def _make_parquet_record(piece: Piece, row: int, values: dict[str, Any]) -> Reco
     raw = text if isinstance(text, bytes) else b""
     try:
         if len(raw) > MAX_RECORD_BYTES:
-            raise _DamageError("too_long", f"{len(raw)} bytes")
+            raise DamageError("too_long", f"{len(raw)} bytes")
         decoded = {name: _decode(value) if isinstance(value, bytes) else value for name, value in values.items()}
         return _make_record(piece, row, decoded)
-    except _DamageError as error:
+    except DamageError as error:
         return _damaged(piece, row, error, raw)
 
 
-def _read_stream(file: InputFile, start: int = 0) -> Iterator[bytes]:
-    """Yield a file's bytes from `start`, decompressed.
-
-    Raises:
-        _DamageError: the compressed stream is cut or broken; what came before it has been yielded.
-    """
-    system, path = storage.filesystem(file.uri)
-    with system.open_input_file(path) as opened:
-        opened.seek(start)
-        blocks = iter(lambda: opened.read(READ_BYTES), b"")
-        if file.compression is None:
-            yield from blocks
-        elif file.compression == "gzip":
-            yield from _inflate(blocks)
-        else:
-            yield from _decompress_zstd(blocks)
-
-
-def _inflate(blocks: Iterator[bytes]) -> Iterator[bytes]:
-    """Decompress gzip members; `zlib` rather than `gzip`, to keep all that can be read of a broken file."""
-    decoder = zlib.decompressobj(zlib.MAX_WBITS | 16)
-    is_inside = False
-    for block in blocks:
-        while block:
-            if not is_inside and not block.strip(b"\0"):
-                break  # gzip files may be padded with zeros
-            is_inside = True
-            try:
-                data = decoder.decompress(block, READ_BYTES)
-            except zlib.error as error:
-                raise _DamageError("bad_gzip", str(error)) from error
-            if data:
-                yield data
-            block = decoder.unused_data if decoder.eof else decoder.unconsumed_tail
-            if decoder.eof:
-                decoder = zlib.decompressobj(zlib.MAX_WBITS | 16)
-                is_inside = False
-    if is_inside:
-        raise _DamageError("truncated_gzip", "the file ends inside a gzip member")
-
-
-def _decompress_zstd(blocks: Iterator[bytes]) -> Iterator[bytes]:
-    """Decompress zstd frames; frames end one by one, so that a cut one is noticed."""
-    decompressor = zstandard.ZstdDecompressor()
-    decoder = decompressor.decompressobj()
-    is_inside = False
-    for block in blocks:
-        while block:
-            is_inside = True
-            try:
-                data = decoder.decompress(block)
-            except zstandard.ZstdError as error:
-                raise _DamageError("bad_zstd", str(error)) from error
-            if data:
-                yield data
-            block = decoder.unused_data if decoder.eof else b""
-            if decoder.eof:
-                decoder = decompressor.decompressobj()
-                is_inside = False
-    if is_inside:
-        raise _DamageError("truncated_zstd", "the file ends inside a zstd frame")
-
-
-def _split_lines(blocks: Iterator[bytes], position: int) -> Iterator[_Line]:
-    """Yield lines with the offset of their first byte; of a gigantic one, only its beginning is held."""
-    held = bytearray()
-    length = 0
-    try:
-        for block in blocks:
-            *ended, rest = block.split(b"\n")
-            for part in ended:
-                held += part[: MAX_RECORD_BYTES - len(held)]
-                length += len(part)
-                yield _Line(position, bytes(held), length)
-                position += length + 1
-                held.clear()
-                length = 0
-            held += rest[: MAX_RECORD_BYTES - len(held)]
-            length += len(rest)
-    except _DamageError as error:
-        yield _Line(position, bytes(held), length, broken=error)
-        return
-    if length:
-        yield _Line(position, bytes(held), length)
-
-
-def _parse_object(line: _Line) -> dict[str, Any]:
+def _parse_object(line: Line) -> dict[str, Any]:
     if line.broken is not None:
         raise line.broken
     if line.length > MAX_RECORD_BYTES:
-        raise _DamageError("too_long", f"{line.length} bytes")
+        raise DamageError("too_long", f"{line.length} bytes")
     data = line.data.removeprefix(_BOM) if line.position == 0 else line.data
     text = _decode(data)
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise _DamageError("bad_json", str(error)) from error
+        raise DamageError("bad_json", str(error)) from error
     if not isinstance(value, dict):
-        raise _DamageError("not_an_object", type(value).__name__)
+        raise DamageError("not_an_object", type(value).__name__)
     return value
 
 
 def _decode(data: bytes) -> str:
     if b"\0" in data:
-        raise _DamageError("nul_byte", f"at byte {data.index(0)} of the record")
+        raise DamageError("nul_byte", f"at byte {data.index(0)} of the record")
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise _DamageError("invalid_utf8", f"at byte {error.start} of the record") from error
+        raise DamageError("invalid_utf8", f"at byte {error.start} of the record") from error
 
 
 def _make_record(piece: Piece, position: int, values: dict[str, Any]) -> Record:
@@ -312,22 +202,22 @@ def _make_record(piece: Piece, position: int, values: dict[str, Any]) -> Record:
 
 def _text_value(values: dict[str, Any], name: str) -> str:
     if name not in values:
-        raise _DamageError("missing_column", name)
+        raise DamageError("missing_column", name)
     value = values[name]
     if value is None:
-        raise _DamageError("null_value", name)
+        raise DamageError("null_value", name)
     if not isinstance(value, str):
-        raise _DamageError("wrong_type", f"{name} is {type(value).__name__}")
+        raise DamageError("wrong_type", f"{name} is {type(value).__name__}")
     if "\0" in value:
-        raise _DamageError("nul_byte", f"at character {value.index(chr(0))} of {name}")
+        raise DamageError("nul_byte", f"at character {value.index(chr(0))} of {name}")
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise _DamageError("lone_surrogate", f"at character {error.start} of {name}") from error
+        raise DamageError("lone_surrogate", f"at character {error.start} of {name}") from error
     return value
 
 
-def _damaged(piece: Piece, position: int, error: _DamageError, data: bytes) -> Record:
+def _damaged(piece: Piece, position: int, error: DamageError, data: bytes) -> Record:
     return Record(
         uri=piece.file.uri,
         position=position,

@@ -1,21 +1,18 @@
-"""Token shards: Arrow IPC files, uncompressed and memory-mapped, a row a document."""
+"""The shards of a split as one stream of tokens: memory-mapped, and from an object store through the node's cache."""
 
 import itertools
-import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from io import BufferedReader
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
-import pyarrow as pa
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import NDArray
 
 from ray_ds import storage
 from ray_ds.artifacts import TokenShards, open_artifact
 from ray_ds.data.shard_cache import ShardCache
+from ray_ds.data.shard_file import MappedShard, count_tokens, map_shard, read_num_tokens
 from ray_ds.data.shard_folder import ShardFile
 from ray_ds.errors import ArtifactError
 
@@ -23,97 +20,9 @@ Split = Literal["train", "validation"]
 SPLITS: tuple[Split, ...] = ("train", "validation")
 
 SHARD_SUFFIX = ".arrow"
-MAX_UINT16_VOCAB = 1 << 16
 SHARD_TOKENS = "shard_tokens"
 """The fact of TokenShards with the tokens of each shard: `facts["shard_tokens"]["train"]["00000.arrow"]`."""
-EDGE_BYTES = 1 << 16
-"""What is read of a shard's head and tail to learn how many tokens it has; both descriptions are far smaller."""
 READERS = 16
-
-
-def token_dtype(vocab_size: int) -> type[np.uint16] | type[np.uint32]:
-    """Return the narrowest type that shards use for ids below `vocab_size`."""
-    return np.uint16 if vocab_size <= MAX_UINT16_VOCAB else np.uint32
-
-
-def write_shard(
-    uri: str,
-    documents: Sequence[NDArray[Any]],
-    doc_ids: Sequence[str],
-    dtype: DTypeLike,
-    loss_masks: Sequence[NDArray[Any]] | None = None,
-) -> None:
-    """Write documents (1-D arrays of ids) as one shard, atomically."""
-    storage.write_bytes(uri, encode_shard(documents, doc_ids, dtype, loss_masks))
-
-
-def encode_shard(
-    documents: Sequence[NDArray[Any]],
-    doc_ids: Sequence[str],
-    dtype: DTypeLike,
-    loss_masks: Sequence[NDArray[Any]] | None = None,
-) -> bytes:
-    """Return documents (1-D arrays of ids) as one shard; the same documents give the same bytes.
-
-    All documents are one record batch, so that the flat values of `tokens` are the shard's token stream.
-
-    Args:
-        loss_masks: for each document 1 where a token is learnt and 0 where it is only read; a document's first token
-            is never learnt. With them the shard also has `loss_mask` and, of each document, `num_targets`.
-    """
-    assert len(documents) == len(doc_ids)
-    offsets = np.zeros(len(documents) + 1, np.int64)
-    np.cumsum([len(document) for document in documents], out=offsets[1:])
-    columns = {"doc_id": pa.array(doc_ids, pa.string()), "tokens": _flat_list(documents, offsets, dtype)}
-    if loss_masks is not None:
-        assert [len(mask) for mask in loss_masks] == [len(document) for document in documents]
-        columns["loss_mask"] = _flat_list(loss_masks, offsets, np.uint8)
-        columns["num_targets"] = pa.array([int(mask[1:].sum()) for mask in loss_masks], pa.int64())
-    batch = pa.record_batch(list(columns.values()), names=list(columns))
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_file(sink, batch.schema) as writer:
-        writer.write_batch(batch)
-    data: bytes = sink.getvalue().to_pybytes()
-    return data
-
-
-def _flat_list(parts: Sequence[NDArray[Any]], offsets: NDArray[np.int64], dtype: DTypeLike) -> pa.LargeListArray:
-    """Return a column of lists whose values lie one after another."""
-    flat = np.concatenate([np.zeros(0, dtype), *parts]).astype(dtype, casting="same_kind")
-    return pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(flat))
-
-
-@dataclass(frozen=True, slots=True)
-class MappedShard:
-    """A shard in memory that is a file on this node."""
-
-    batch: pa.RecordBatch
-    lock: BufferedReader | None
-    """Keeps a cached file from being evicted; None for a file that lies where it was made."""
-
-    @property
-    def tokens(self) -> NDArray[Any]:
-        """Its documents one after another, a view of the file."""
-        tokens: NDArray[Any] = self.batch.column("tokens").values.to_numpy(zero_copy_only=True)
-        return tokens
-
-    @property
-    def offsets(self) -> NDArray[np.int64]:
-        """Where its documents begin, and where the last one ends."""
-        offsets: NDArray[np.int64] = self.batch.column("tokens").offsets.to_numpy(zero_copy_only=True)
-        return offsets
-
-    @property
-    def loss_mask(self) -> NDArray[np.uint8]:
-        """1 for each token that is learnt, a view of the file; for shards written with masks."""
-        mask: NDArray[np.uint8] = self.batch.column("loss_mask").values.to_numpy(zero_copy_only=True)
-        return mask
-
-    @property
-    def num_targets(self) -> NDArray[np.int64]:
-        """How many tokens of each document are learnt; for shards written with masks."""
-        counts: NDArray[np.int64] = self.batch.column("num_targets").to_numpy(zero_copy_only=True)
-        return counts
 
 
 class Beside(Protocol):
@@ -167,7 +76,7 @@ class TokenSplit:
             return cls(num_tokens, files=files, cache=ShardCache(cache) if isinstance(cache, Path) else cache)
         uris = [storage.join(folder, e.path) for e in storage.list_files(folder) if e.path.endswith(SHARD_SUFFIX)]
         _check_any(folder, uris)
-        mapped = [MappedShard(_map_shard(uri, storage.local_path(uri)), None) for uri in uris]
+        mapped = [MappedShard(map_shard(uri, storage.local_path(uri)), None) for uri in uris]
         return cls([len(shard.tokens) for shard in mapped], mapped=dict(enumerate(mapped)))
 
     @property
@@ -275,8 +184,8 @@ class TokenSplit:
             assert self._cache is not None, "local shards are all mapped"
             file = self._files[shard]
             lock = self._cache.open(file)
-            batch = _map_shard(file.uri, Path(lock.name))
-            found, expected = _count_tokens(batch), self.tokens_per_shard[shard]
+            batch = map_shard(file.uri, Path(lock.name))
+            found, expected = count_tokens(batch), self.tokens_per_shard[shard]
             if found != expected:
                 allowed = f"must have {expected} tokens, as its manifest says"
                 raise ArtifactError(file.uri, f"{found} tokens", allowed, "run the tokenize step again")
@@ -291,25 +200,6 @@ class TokenSplit:
         return self._row_ends[seq_len]
 
 
-def _map_shard(uri: str, path: Path) -> pa.RecordBatch:
-    """Return a shard's only record batch, backed by the file."""
-    try:
-        reader = pa.ipc.open_file(pa.memory_map(str(path)))
-        batch = reader.get_batch(0) if reader.num_record_batches == 1 else None
-    except (pa.ArrowException, OSError) as error:
-        raise _damaged(uri, str(error).splitlines()[0]) from error
-    if batch is None:
-        raise _damaged(uri, f"{reader.num_record_batches} record batches")
-    types = {field.name: field.type for field in batch.schema}
-    if types.get("tokens") not in (pa.large_list(pa.uint16()), pa.large_list(pa.uint32())) or "doc_id" not in types:
-        raise _damaged(uri, f"columns {', '.join(types)}")
-    return batch
-
-
-def _count_tokens(batch: pa.RecordBatch) -> int:
-    return len(batch.column("tokens").values)
-
-
 def _list_remote(folder_uri: str, split: Split) -> tuple[list[ShardFile], list[int]]:
     """Return the shards of a split on an object store, by what the manifest says, and the tokens of each."""
     manifest = open_artifact(folder_uri, [TokenShards]).manifest
@@ -322,29 +212,6 @@ def _list_remote(folder_uri: str, split: Split) -> tuple[list[ShardFile], list[i
         return files, list(readers.map(lambda file: read_num_tokens(file.uri, file.bytes), files))
 
 
-def read_num_tokens(uri: str, num_bytes: int) -> int:
-    """Return how many tokens a shard has from its two ends, without what lies between.
-
-    Arrow says at the end of a file where its record batch begins, and there how long its columns are. A file with holes
-    in place of the columns' values is enough for the reader, which maps it.
-
-    Raises:
-        ArtifactError: it is no shard.
-    """
-    system, path = storage.filesystem(uri)
-    with system.open_input_file(path) as remote, tempfile.NamedTemporaryFile() as ends:
-        for start in (0, max(num_bytes - EDGE_BYTES, 0)):
-            ends.seek(start)
-            ends.write(remote.read_at(min(EDGE_BYTES, num_bytes - start), start))
-        ends.flush()
-        return _count_tokens(_map_shard(uri, Path(ends.name)))
-
-
 def _check_any(folder: str, shards: Sequence[object]) -> None:
     if not shards:
         raise ArtifactError(folder, "no shards", "must hold Arrow files of token ids", "run the tokenize step")
-
-
-def _damaged(uri: str, value: str) -> ArtifactError:
-    allowed = "must be one record batch of doc_id and tokens (large_list of uint16 or uint32)"
-    return ArtifactError(uri, value, allowed, "restore the file or run the tokenize step again")

@@ -9,7 +9,8 @@ import numpy as np
 from ray_ds.config.tokenize import HoldOut
 from ray_ds.data.clean_text import Publish
 from ray_ds.data.documents import group_of, hash_fraction, identity_of, read_documents
-from ray_ds.data.shards import SHARD_SUFFIX, SPLITS, Split, encode_shard, token_dtype
+from ray_ds.data.shard_file import encode_shard, token_dtype
+from ray_ds.data.shards import SHARD_SUFFIX, SPLITS, Split
 from ray_ds.errors import ConfigError
 from ray_ds.tokenizer import load_tokenizer
 

@@ -34,24 +34,24 @@ def data_bytes(case: Case) -> float:
 def group_bytes(case: Case) -> float:
     """Return what a worker sends in a step to its group, as `train.parallel` does; without the routers' scores.
 
-    The forward pass runs twice where activations are recomputed.
+    The forward pass runs twice where activations are recomputed, but for a layer's last sum: torch's checkpoint stops
+    when it has what was not kept.
     """
-    runs = 2 if case.recompute else 1
+    passes = 3 if case.recompute else 2
     tokens = case.micro_tokens * case.micro_batches
     match case.parallel.axis:
         case "tensor":  # sums over the group, in a ring
-            forth, back = _tensor_numbers(case)
-            sent = 2 * tokens * (runs * forth + back)
+            sent = 2 * tokens * _summed_numbers(case)
         case "expert":  # rows to their experts and back, and the sums of all other weights' gradients
             rows = 2 * case.config.num_moe_layers * case.config.num_experts_per_tok * case.config.hidden_size
             shared = case.num_held_parameters - case.num_held_expert_parameters
-            sent = tokens * rows * (runs + 1) + 2 * case.micro_batches * shared
+            sent = tokens * rows * passes + 2 * case.micro_batches * shared
         case "sequence":  # queries, keys, values and what was gathered
             config = case.config
             queries = config.num_attention_heads * (config.qk_head_dim + config.value_head_dim)
             heads = config.num_key_value_heads if config.attention == "gqa" else config.num_attention_heads
             keys = heads * (config.qk_head_dim + config.value_head_dim)
-            sent = tokens * _num_layers(case) * (queries + keys) * (runs + 1)
+            sent = tokens * _num_layers(case) * (queries + keys) * passes
         case None:
             return 0.0
     return sent * _others(case.parallel.group_size) * case.dtype_bytes
@@ -74,14 +74,15 @@ def host_bytes(case: Case) -> float:
     return times * share
 
 
-def _tensor_numbers(case: Case) -> tuple[int, int]:
-    """Return the numbers of a token that are summed over a group: in the forward and in the backward pass."""
+def _summed_numbers(case: Case) -> int:
+    """Return the numbers of a token that are summed over a tensor group: in each layer, forth, back and again."""
     config = case.config
     into_attention = config.hidden_size
     if config.attention == "mla":
         into_attention = (config.q_lora_rank or config.hidden_size) + config.kv_lora_rank + config.qk_rope_head_dim
-    layers = _num_layers(case)
-    return 2 * layers * config.hidden_size, layers * (config.hidden_size + into_attention)
+    forth, back = 2 * config.hidden_size, config.hidden_size + into_attention
+    again = config.hidden_size if case.recompute else 0
+    return _num_layers(case) * (forth + back + again)
 
 
 def _num_layers(case: Case) -> int:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from pydantic import JsonValue
 
 from ray_ds import storage
-from ray_ds.artifacts import WORK, Artifact, StageRun
+from ray_ds.artifacts import Artifact
 from ray_ds.config.clean import CleanSettings
 from ray_ds.data.clean_text import clean_unit
 from ray_ds.data.corpus_files import CorpusFile, Part, decode_parts, plan_corpus, summarise, write_corpus_file
@@ -29,6 +29,7 @@ from ray_ds.errors import InputError
 from ray_ds.logs import log_event
 from ray_ds.on_ray.preflight import check_shared
 from ray_ds.on_ray.units import Commit, Publish, WorkUnit, run_units
+from ray_ds.stage_run import WORK, StageRun
 
 CLEAN_FOLDER = f"{WORK}/clean"
 PARTS_FOLDER = f"{WORK}/parts"

@@ -18,7 +18,7 @@ from pydantic import JsonValue
 from ray.util import ActorPool
 
 from ray_ds import storage
-from ray_ds.artifacts import Artifact, Checkpoint, QuantizedModel, StageRun, TokenShards
+from ray_ds.artifacts import Artifact, Checkpoint, QuantizedModel, TokenShards
 from ray_ds.chat.encoding import ChatEncoder
 from ray_ds.chat.template import TEMPLATE_FILE, ChatTemplate
 from ray_ds.config.evaluate import EvaluateSettings
@@ -42,6 +42,7 @@ from ray_ds.model.local_folder import MODEL_FOLDER
 from ray_ds.on_ray.preflight import check_cluster
 from ray_ds.on_ray.scorers import EvaluateJob, answer_batches, running_scorers
 from ray_ds.on_ray.user_errors import user_errors
+from ray_ds.stage_run import StageRun
 from ray_ds.tokenizer import BpeTokenizer, load_tokenizer
 
 T = TypeVar("T")

@@ -3,13 +3,14 @@
 import time
 
 from ray_ds import storage
-from ray_ds.artifacts import Artifact, StageRun
+from ray_ds.artifacts import Artifact
 from ray_ds.config.import_hf import ImportSettings
 from ray_ds.errors import InputError
 from ray_ds.exchange.import_folder import import_folder
 from ray_ds.exchange.sources import fingerprint
 from ray_ds.logs import log_event
 from ray_ds.recipe import recipe_of_one
+from ray_ds.stage_run import StageRun
 from ray_ds.steps import find_finished, prepare_run
 
 

@@ -12,7 +12,7 @@ import torch
 from pydantic import JsonValue
 
 from ray_ds import storage
-from ray_ds.artifacts import Artifact, Checkpoint, StageRun, TokenShards
+from ray_ds.artifacts import Artifact, Checkpoint, TokenShards
 from ray_ds.config.quantize import QuantizeSettings
 from ray_ds.data.shards import TokenSplit
 from ray_ds.errors import ArtifactError, InputError
@@ -24,6 +24,7 @@ from ray_ds.model.local_folder import MODEL_FOLDER, local_model_folder
 from ray_ds.on_ray.preflight import check_cluster
 from ray_ds.on_ray.user_errors import user_errors
 from ray_ds.quantize import load_quantized, quantize_folder
+from ray_ds.stage_run import StageRun
 from ray_ds.stages.evaluate import check_same_tokenizer, choose_device
 
 LARGEST_LOSS_GROWTH = 700.0

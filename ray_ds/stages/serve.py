@@ -5,7 +5,7 @@ import os
 import time
 
 from ray_ds import storage
-from ray_ds.artifacts import Artifact, Checkpoint, QuantizedModel, StageRun
+from ray_ds.artifacts import Artifact, Checkpoint, QuantizedModel
 from ray_ds.config.serve import ServeSettings
 from ray_ds.errors import ArtifactError, ConfigError
 from ray_ds.logs import Progress, log_event
@@ -15,6 +15,7 @@ from ray_ds.on_ray.preflight import check_cluster
 from ray_ds.on_ray.replica import build_application
 from ray_ds.serve.client import ask
 from ray_ds.serve.http.auth import hash_api_key
+from ray_ds.stage_run import StageRun
 from ray_ds.tokenizer import load_tokenizer
 
 QUESTION_TOKENS = 32

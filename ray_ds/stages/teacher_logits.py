@@ -12,15 +12,17 @@ import ray
 from pydantic import JsonValue
 
 from ray_ds import storage
-from ray_ds.artifacts import WORK, Artifact, Checkpoint, StageRun, TokenShards, make_digest
+from ray_ds.artifacts import Artifact, Checkpoint, TokenShards, make_digest
 from ray_ds.config.teacher_logits import TeacherLogitsSettings
 from ray_ds.data.rows import ROW_KIND, RowKind, check_any_row, open_rows
-from ray_ds.data.shards import SPLITS, token_dtype
+from ray_ds.data.shard_file import token_dtype
+from ray_ds.data.shards import SPLITS
 from ray_ds.data.teacher_logits import FILE_ROWS, RowRange, plan_ranges
 from ray_ds.errors import ArtifactError, ConfigError
 from ray_ds.logs import log_event
 from ray_ds.on_ray.preflight import check_cluster
 from ray_ds.on_ray.units import Commit, Publish, WorkUnit, run_units
+from ray_ds.stage_run import WORK, StageRun
 from ray_ds.stages.train import read_model
 from ray_ds.tokenizer import load_tokenizer
 from ray_ds.train.batches import open_split

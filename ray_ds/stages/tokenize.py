@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import JsonValue
 
 from ray_ds import storage
-from ray_ds.artifacts import WORK, Artifact, Checkpoint, Corpus, StageRun, Tokenizer, make_digest
+from ray_ds.artifacts import Artifact, Checkpoint, Corpus, Tokenizer, make_digest
 from ray_ds.config.tokenize import TokenizeSettings
 from ray_ds.data.documents import file_names, file_path
 from ray_ds.data.shards import SHARD_TOKENS, SPLITS
@@ -20,6 +20,7 @@ from ray_ds.data.tokenization import Counts, TokenizeJob, count_shards, sum_coun
 from ray_ds.errors import ArtifactError, ConfigError
 from ray_ds.on_ray.preflight import check_shared
 from ray_ds.on_ray.units import Publish, WorkUnit, run_units
+from ray_ds.stage_run import WORK, StageRun
 from ray_ds.tokenizer import load_tokenizer
 from ray_ds.tokenizer_files import TOKENIZER_FILE, copy_tokenizer
 

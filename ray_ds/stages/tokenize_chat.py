@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import JsonValue
 
 from ray_ds import storage
-from ray_ds.artifacts import WORK, Artifact, SourceFile, StageRun, Tokenizer, make_digest
+from ray_ds.artifacts import Artifact, SourceFile, Tokenizer, make_digest
 from ray_ds.chat.template import DEFAULT_TEMPLATE, TEMPLATE_FILE, ChatTemplate
 from ray_ds.config.tokenize_chat import TokenizeChatSettings
 from ray_ds.data.chat_shards import ChatJob, tokenize_chat_file
@@ -23,6 +23,7 @@ from ray_ds.data.tokenization import count_shards
 from ray_ds.errors import ConfigError
 from ray_ds.on_ray.preflight import check_shared
 from ray_ds.on_ray.units import Publish, WorkUnit, run_units
+from ray_ds.stage_run import WORK, StageRun
 
 TOKENIZE_FOLDER = f"{WORK}/tokenize_chat"
 

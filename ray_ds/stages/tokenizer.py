@@ -7,7 +7,7 @@ import ray
 from pydantic import JsonValue
 
 from ray_ds import storage
-from ray_ds.artifacts import Artifact, Corpus, StageRun
+from ray_ds.artifacts import Artifact, Corpus
 from ray_ds.chat.template import ROLE_TEMPLATE, TEMPLATE_FILE
 from ray_ds.config.tokenizer import TokenizerSettings
 from ray_ds.data.documents import file_names, hash_fraction, read_documents
@@ -15,6 +15,7 @@ from ray_ds.errors import ConfigError
 from ray_ds.logs import log_event
 from ray_ds.on_ray.preflight import check_shared
 from ray_ds.on_ray.user_errors import user_errors
+from ray_ds.stage_run import StageRun
 from ray_ds.tokenizer import ROUND_TRIP_PROBES, train_bpe
 
 

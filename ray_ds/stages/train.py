@@ -9,7 +9,7 @@ import ray
 import torch
 
 from ray_ds import storage
-from ray_ds.artifacts import Artifact, Checkpoint, StageRun, TeacherLogits, TokenShards
+from ray_ds.artifacts import Artifact, Checkpoint, TeacherLogits, TokenShards
 from ray_ds.config.model import ModelConfig
 from ray_ds.config.model_size import num_parameters
 from ray_ds.config.objective import Distill
@@ -27,6 +27,7 @@ from ray_ds.on_ray.stopping import stop_request
 from ray_ds.on_ray.trainer import train_on_ray
 from ray_ds.plan.case import case_of
 from ray_ds.plan.fit import check_fits
+from ray_ds.stage_run import StageRun
 from ray_ds.tokenizer import load_tokenizer
 from ray_ds.train.batches import check_cache, open_task_rows
 from ray_ds.train.metrics import SHOWN

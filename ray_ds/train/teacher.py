@@ -9,7 +9,7 @@ from pydantic import JsonValue
 from ray_ds.config.teacher_logits import TeacherLogitsSettings
 from ray_ds.data.clean_text import Publish
 from ray_ds.data.rows import RowKind, open_rows
-from ray_ds.data.shards import token_dtype
+from ray_ds.data.shard_file import token_dtype
 from ray_ds.data.teacher_logits import LogitArrays, RowRange, encode_logits
 from ray_ds.model.decoder import Decoder
 from ray_ds.model.documents import number_documents

@@ -7,12 +7,13 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 
 from ray_ds import storage
-from ray_ds.artifacts import Artifact, Checkpoint, StageRun, make_digest
+from ray_ds.artifacts import Artifact, Checkpoint, make_digest
 from ray_ds.config.settings import as_json
 from ray_ds.config.train import TrainSettings
 from ray_ds.data.sample_chinese import PARAGRAPHS
 from ray_ds.data.sample_text import chinese_paragraphs, package_documents
-from ray_ds.data.shards import token_dtype, write_shard
+from ray_ds.data.shard_file import token_dtype, write_shard
+from ray_ds.stage_run import StageRun
 from ray_ds.stage_table import find_stage
 from ray_ds.tokenizer import train_bpe
 

@@ -7,13 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ray_ds import storage
-from ray_ds.artifacts import StageRun
 from ray_ds.config.settings import decode_settings
 from ray_ds.config.train import TrainSettings
 from ray_ds.on_ray.board import Event
 from ray_ds.on_ray.nodes import usable_nodes
 from ray_ds.on_ray.sizing import room
 from ray_ds.on_ray.trainer import TrainingStopped, TrainLoop, train_on_ray
+from ray_ds.stage_run import StageRun
 from ray_ds.train.checkpoints import METRICS
 from ray_ds.train.metrics import Record, decode
 from ray_ds.train.task import TrainTask

@@ -15,8 +15,8 @@ from pyarrow import fs
 from ray_ds import storage
 from ray_ds.artifacts import Artifact
 from ray_ds.data.shard_cache import ShardCache
+from ray_ds.data.shard_file import write_shard
 from ray_ds.data.shard_folder import ShardFile
-from ray_ds.data.shards import write_shard
 from tests.stages.small_artifacts import stage_run
 
 BUCKET = "s3://bucket"

@@ -8,7 +8,7 @@ import pytest
 import zstandard
 from pyarrow import parquet
 
-from ray_ds.data import readers
+from ray_ds.data import lines, readers
 from ray_ds.data.documents import group_of
 from ray_ds.data.readers import check_columns
 from ray_ds.data.units import find_input_files
@@ -53,7 +53,8 @@ def test_damage_in_disguise(tmp_path: Path, line: bytes, damage: str) -> None:
 
 
 def test_a_gigantic_line_is_set_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readers, "MAX_RECORD_BYTES", 1000)
+    for module in (lines, readers):
+        monkeypatch.setattr(module, "MAX_RECORD_BYTES", 1000)
     records = read_bytes(tmp_path, "a.jsonl", BEFORE + jsonl({"text": "x" * 5000}) + AFTER)
     assert [(record.text, record.damage) for record in records] == [("before", ""), (None, "too_long"), ("after", "")]
 

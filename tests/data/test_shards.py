@@ -8,10 +8,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from ray_ds.artifacts import find_artifact
 from ray_ds.data.rows import StreamRows, check_any_row
 from ray_ds.data.shard_cache import ShardCache
-from ray_ds.data.shards import TokenSplit, read_num_tokens, token_dtype, write_shard
+from ray_ds.data.shard_file import token_dtype, write_shard
+from ray_ds.data.shards import TokenSplit
 from ray_ds.errors import ArtifactError, InputError
 from tests.data.fake_store import FakeStore, installed_store, put_shards
 
@@ -39,22 +39,6 @@ def test_documents_come_back(tmp_path: Path) -> None:
     assert split.num_tokens == sum(map(len, written))
     assert [found.tolist() for found in split.documents()] == [document.tolist() for document in written]
     assert list(split.doc_ids()) == [f"s{i}:{j}" for i in range(3) for j in range(7)]
-
-
-@pytest.mark.parametrize(("vocab_size", "dtype"), [(259, "uint16"), (1 << 16, "uint16"), ((1 << 16) + 1, "uint32")])
-def test_ids_take_the_narrowest_type(tmp_path: Path, vocab_size: int, dtype: str) -> None:
-    top = np.array([0, vocab_size - 1], token_dtype(vocab_size))
-    split = write_split(tmp_path, [[top]], vocab_size)
-    assert split.shard_tokens(0).dtype == dtype and split.shard_tokens(0).tolist() == [0, vocab_size - 1]
-
-
-def test_file_is_plain_arrow(tmp_path: Path) -> None:
-    documents = random_documents(0, 4)
-    write_split(tmp_path, [documents])
-    with pa.OSFile(str(tmp_path / "train/00000.arrow")) as file:
-        table = pa.ipc.open_file(file).read_all()
-    assert table.schema.field("tokens").type == pa.large_list(pa.uint16())
-    assert table.to_pylist() == [{"doc_id": f"s0:{i}", "tokens": d.tolist()} for i, d in enumerate(documents)]
 
 
 def test_shards_are_memory_mapped_and_the_same_bytes(tmp_path: Path) -> None:
@@ -168,20 +152,3 @@ def test_remote_shards_need_a_manifest_that_is_right(tmp_path: Path, store: Fake
     manifest.unlink()
     with pytest.raises(ArtifactError, match=r"\(no manifest\) must be a finished TokenShards"):
         TokenSplit.open(uri, "train", tmp_path / "cache")
-
-
-def test_counting_a_shard_reads_its_ends_only(tmp_path: Path, store: FakeStore) -> None:
-    """Between the ends lies nothing that matters."""
-    uri = put_shards(store, num_shards=1, tokens=[300_000])
-    artifact = find_artifact(uri)
-    assert artifact is not None
-    (info,) = artifact.manifest.files
-    path = store.path(uri) / info.path
-    data = bytearray(path.read_bytes())
-    assert len(data) == info.bytes > 590_000
-    data[1 << 16 : -(1 << 16)] = bytes(len(data) - (2 << 16))
-    path.write_bytes(data)
-    assert read_num_tokens(f"{uri}/{info.path}", info.bytes) == 300_000
-    path.write_bytes(data[:-100] + b"x" * 100)
-    with pytest.raises(ArtifactError, match="must be one record batch of doc_id and tokens"):
-        read_num_tokens(f"{uri}/{info.path}", info.bytes)

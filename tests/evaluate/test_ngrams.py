@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from scipy.optimize import minimize_scalar
 
-from ray_ds.data.shards import TokenSplit, write_shard
+from ray_ds.data.shard_file import write_shard
+from ray_ds.data.shards import TokenSplit
 from ray_ds.evaluate.ngrams import HELD_OUT_EVERY, Bigram, Counts, bigram_nats, fit_bigram
 from ray_ds.evaluate.spans import plan_spans
 

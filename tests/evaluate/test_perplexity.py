@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ray_ds.config.model import ModelConfig
-from ray_ds.data.shards import TokenSplit, write_shard
+from ray_ds.data.shard_file import write_shard
+from ray_ds.data.shards import TokenSplit
 from ray_ds.evaluate.perplexity import Score, bits_per_byte, score_split
 from ray_ds.evaluate.spans import plan_spans, span_inputs, span_targets
 from ray_ds.model.decoder import Decoder

@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ray_ds.data.shards import TokenSplit, write_shard
+from ray_ds.data.shard_file import write_shard
+from ray_ds.data.shards import TokenSplit
 from ray_ds.evaluate.spans import count_bytes, plan_spans, span_inputs, span_targets, text_of
 from ray_ds.tokenizer import train_bpe
 

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 
 from ray_ds import storage
-from ray_ds.artifacts import StageRun, TokenShards, find_artifact, open_artifact
-from ray_ds.data.shards import TokenSplit, write_shard
+from ray_ds.artifacts import TokenShards, find_artifact, open_artifact
+from ray_ds.data.shard_file import write_shard
+from ray_ds.data.shards import TokenSplit
 from ray_ds.errors import ArtifactError
+from ray_ds.stage_run import StageRun
 from ray_ds.train import checkpoints
 from tests.train.states import assert_readable, make_writers, write
 

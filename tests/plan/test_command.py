@@ -107,3 +107,35 @@ def test_planning_loads_neither_torch_nor_ray() -> None:
 )
 def test_durations(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+GROUPS = ("--train.num_workers=8", "--train.parallel.tensor=4", "--train.compile=false")
+
+
+@pytest.mark.shows("`ray-ds plan` plans groups and offload as the recipe has them, and says what cannot go with them")
+def test_groups_and_offload_are_the_recipes(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = run(capsys, GPU_RECIPE, "--gpu", "h200", *GROUPS, "--train.offload=optimizer")
+    assert status == 0
+    assert "optimizer on the host, groups of 4 (tensor)" in out
+    assert "GiB to its group and" in out and "GiB in the host's memory for each worker" in out
+    assert "left out, ZeRO 3, 3 optimizer, 3 all: zero_stage must be 0, 1 or 2 with parallel.tensor" in out
+    (best,) = [line for line in out.splitlines() if line.startswith("fastest that fits: ")]
+    assert "zero_stage=1" in best or "zero_stage=2" in best
+
+
+def test_workers_are_whole_groups(capsys: pytest.CaptureFixture[str]) -> None:
+    status, _, err = run(capsys, GPU_RECIPE, "--gpu", "h200", "--gpus", "6", *GROUPS)
+    assert status == 2
+    assert err.startswith("error: --gpus (6) must be whole groups of 4, the product of train.parallel; try 8")
+
+
+def test_groups_share_micro_batches(capsys: pytest.CaptureFixture[str]) -> None:
+    status, _, err = run(capsys, GPU_RECIPE, "--gpu", "h200", "--gpus", "128", *GROUPS)
+    assert status == 2
+    assert err.startswith("error: --gpus (128) must be at most 64, the micro-batches of a step of train times 4")
+
+
+def test_what_training_refuses_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    status, _, err = run(capsys, GPU_RECIPE, "--gpu", "h200", *GROUPS, "--train.zero_stage=3")
+    assert status == 2
+    assert "train.zero_stage (3) must be 0, 1 or 2 with parallel.tensor and parallel.expert" in err

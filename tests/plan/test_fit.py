@@ -3,6 +3,7 @@ from typing import Any
 
 import pytest
 
+from ray_ds.config.parallel import Parallel
 from ray_ds.config.presets import PRESETS
 from ray_ds.errors import ConfigError
 from ray_ds.plan.case import Case
@@ -88,3 +89,34 @@ def test_higher_stages_keep_less_with_many_workers() -> None:
     assert kept[1] < kept[0] / 3
     with_offload = memory_of(replace(CASE, offload="optimizer")).states
     assert with_offload.kept < memory_of(CASE).states.kept and with_offload.host > 0
+
+
+@pytest.mark.shows("Where only offload makes a step fit, the refusal says so")
+def test_offload_is_named_where_nothing_else_helps() -> None:
+    config = replace(DENSE_1B, num_hidden_layers=26, first_k_dense_replace=26)
+    case = replace(CASE, config=config, batch_tokens=16 * CASE.seq_len)
+    message = refused(case, SMALL)
+    assert "--pretrain.offload=optimizer" in message and "--pretrain.offload=all" not in message
+
+
+def test_a_group_that_divides_the_model_makes_it_fit() -> None:
+    config = replace(DENSE_1B, num_hidden_layers=112, first_k_dense_replace=112)
+    fleet = replace(SMALL, num_devices=8)
+    whole = replace(CASE, config=config, world_size=8, compile=False, micro_batch=1, recompute=True)
+    assert "every worker starts with the whole model in fp32" in refused(whole, fleet)
+    check_fits(replace(whole, parallel=Parallel(tensor=8)), fleet, step="pretrain")
+
+
+@pytest.mark.parametrize("axis", ["tensor", "sequence"])
+def test_groups_take_less_each(axis: Any) -> None:
+    case = replace(CASE, world_size=8, compile=False)
+    divided = replace(case, parallel=Parallel(**{axis: 4}))
+    assert memory_of(divided).peak < memory_of(case).peak
+    assert memory_of(divided).activations.kept < 0.6 * memory_of(case).activations.kept
+
+
+def test_the_fastest_plan_keeps_groups_and_what_training_refuses_is_not_tried() -> None:
+    case = replace(CASE, world_size=8, compile=False, parallel=Parallel(tensor=2), offload="optimizer")
+    best = best_plan(case, H100)
+    assert best is not None and best.case.zero_stage in (1, 2)
+    assert (best.case.parallel, best.case.offload) == (case.parallel, case.offload)

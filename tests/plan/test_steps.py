@@ -1,12 +1,14 @@
 """Which model a train step of a recipe trains."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from ray_ds.config.parallel import Parallel
 from ray_ds.config.presets import PRESETS
-from ray_ds.errors import ArtifactError
+from ray_ds.errors import ArtifactError, ConfigError
 from ray_ds.model.hugging_face import to_hf_config
 from ray_ds.plan.steps import step_case, step_model
 from ray_ds.recipe import Recipe, load_recipe
@@ -70,3 +72,12 @@ def test_a_step_that_starts_from_a_checkpoint_has_its_model(tmp_path: Path) -> N
 def test_a_checkpoint_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match=r"model/config\.json \(missing\) must be there"):
         step_model(write_recipe(tmp_path, "import_hf").step("first"))
+
+
+def test_a_checkpoints_model_must_go_with_the_settings(tmp_path: Path) -> None:
+    write_model(tmp_path / "model")
+    recipe = write_recipe(tmp_path, "import_hf")
+    step = recipe.step("first")
+    divided = replace(step.settings, parallel=Parallel(tensor=2), num_workers=2)
+    with pytest.raises(ConfigError, match=r"parallel\.tensor \(.*\) must be 1 in a model with experts"):
+        step_case(replace(step, settings=divided), 2)

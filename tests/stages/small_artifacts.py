@@ -10,7 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ray_ds import storage
-from ray_ds.artifacts import Artifact, Corpus, StageRun, make_digest
+from ray_ds.artifacts import Artifact, Corpus, make_digest
+from ray_ds.stage_run import StageRun
 from tests.data.raw_files import jsonl, read_bytes
 
 OPENING = "in the beginning God created heaven and earth without form, void; darkness upon the face of the deep\n"

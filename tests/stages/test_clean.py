@@ -18,12 +18,13 @@ import ray
 from pyarrow import parquet
 from ray.cluster_utils import Cluster
 
-from ray_ds.artifacts import Corpus, StageRun
+from ray_ds.artifacts import Corpus
 from ray_ds.config.clean import CleanSettings
 from ray_ds.config.settings import as_json
 from ray_ds.data.sample_chinese import PARAGRAPHS
 from ray_ds.data.sample_text import king_james_chapters
 from ray_ds.errors import InputError
+from ray_ds.stage_run import StageRun
 from ray_ds.stages.clean import clean
 from tests.data.raw_files import good_text, jsonl, settings_for
 from tests.on_ray.two_nodes import (

@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from ray_ds.artifacts import Artifact, Checkpoint, QuantizedModel, StageRun, TokenShards, find_artifact
+from ray_ds.artifacts import Artifact, Checkpoint, QuantizedModel, TokenShards, find_artifact
 from ray_ds.config.quantize import QuantizeSettings
-from ray_ds.data.shards import write_shard
+from ray_ds.data.shard_file import write_shard
 from ray_ds.errors import ArtifactError, ClusterError, InputError
 from ray_ds.model.checkpoint_folder import load_checkpoint_folder
 from ray_ds.quantize import load_quantized, quantize_folder
+from ray_ds.stage_run import StageRun
 from ray_ds.stages.quantize import QuantizeJob, check_gate, quantize, quantize_and_measure
 from tests.quantize.tiny_models import SEQ_LEN, make_tokens, plant_outliers, trained_state, write_checkpoint
 from tests.stages.small_artifacts import stage_run

@@ -19,7 +19,7 @@ import pytest
 import ray
 import torch
 
-from ray_ds.artifacts import Artifact, Endpoint, StageRun, make_digest
+from ray_ds.artifacts import Artifact, Endpoint, make_digest
 from ray_ds.config.model import ModelConfig
 from ray_ds.config.serve import AutoscalingSettings, ServeSettings
 from ray_ds.errors import ArtifactError, ClusterError, ConfigError
@@ -28,6 +28,7 @@ from ray_ds.model.decoder import Decoder
 from ray_ds.model.initial import init_weights
 from ray_ds.quantize import load_quantized, quantize_folder
 from ray_ds.serve.client import generate, generate_stream, is_endpoint_alive
+from ray_ds.stage_run import StageRun
 from ray_ds.stages.serve import check_model, serve
 from ray_ds.tokenizer import BpeTokenizer, load_tokenizer, train_bpe
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from ray_ds.artifacts import Artifact, Checkpoint, StageRun, TeacherLogits, TokenShards
+from ray_ds.artifacts import Artifact, Checkpoint, TeacherLogits, TokenShards
 from ray_ds.config.settings import decode_settings
 from ray_ds.config.train import TrainSettings
 from ray_ds.data.rows import open_rows
@@ -17,6 +17,7 @@ from ray_ds.data.shards import TokenSplit
 from ray_ds.data.teacher_logits import StoredLogits
 from ray_ds.errors import ArtifactError, ConfigError
 from ray_ds.model.checkpoint_folder import load_checkpoint_folder
+from ray_ds.stage_run import StageRun
 from ray_ds.stages import train as train_stage
 from ray_ds.stages.teacher_logits import make_job, store_teacher_logits
 from ray_ds.tokenizer import train_bpe

@@ -12,10 +12,12 @@ os.environ["RAY_AUTH_MODE"] = "disabled"  # read when ray is imported
 import pytest
 import ray
 
-from ray_ds.artifacts import Checkpoint, StageRun, TokenShards, open_artifact
+from ray_ds.artifacts import Checkpoint, TokenShards, open_artifact
+from ray_ds.config.parallel import Parallel
 from ray_ds.config.presets import PRESETS
 from ray_ds.errors import ArtifactError, ClusterError, ConfigError, InputError, UserError
 from ray_ds.plan.devices import Fleet, find_kind
+from ray_ds.stage_run import StageRun
 from ray_ds.stages import train as stage
 from ray_ds.tokenizer import train_bpe
 from ray_ds.train.checkpoints import find_latest
@@ -113,6 +115,22 @@ def test_a_micro_batch_that_no_gpu_holds(tmp_path: Path, monkeypatch: pytest.Mon
     small = replace(task, device="cuda")
     with pytest.raises(ConfigError, match=r"^pretrain\.model \(.* must fit the 3\.0 GiB of a h100"):
         stage.check_memory(replace(small, config=PRESETS["llama_1b"]), "pretrain")
+
+
+@pytest.mark.parametrize(
+    ("stage_number", "gib", "change"), [(0, 16, {"parallel": Parallel(tensor=2)}), (1, 9, {"offload": "optimizer"})]
+)
+def test_groups_and_offload_count_in_what_fits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage_number: int, gib: int, change: dict[str, Any]
+) -> None:
+    fleet = Fleet(kind=replace(find_kind("h100"), memory_bytes=gib << 30), num_devices=2)
+    monkeypatch.setattr(stage, "known_gpu_fleet", lambda: fleet)
+    dense = {"preset": "tiny", "n_routed_experts": 0}
+    plain = make_settings(model=dense, precision="bf16", zero_stage=stage_number)
+    task = replace(make_task(tmp_path, plain), device="cuda", config=PRESETS["llama_1b"])
+    with pytest.raises(ConfigError, match=f"fits? the {gib}.0 GiB of a h100"):
+        stage.check_memory(task, "pretrain")
+    stage.check_memory(replace(task, settings=replace(plain, **change)), "pretrain")
 
 
 @pytest.mark.ray

@@ -5,10 +5,11 @@ from typing import Any
 
 import pytest
 
-from ray_ds.artifacts import Checkpoint, StageRun, TokenShards
+from ray_ds.artifacts import Checkpoint, TokenShards
 from ray_ds.config.settings import decode_settings
 from ray_ds.config.train import TrainSettings
 from ray_ds.errors import ArtifactError, ConfigError
+from ray_ds.stage_run import StageRun
 from ray_ds.stages import train as stage
 from ray_ds.tokenizer import train_bpe
 from tests.stages.small_artifacts import book_texts, stage_run

@@ -9,7 +9,7 @@ import torch
 from ray_ds.config.settings import decode_settings
 from ray_ds.config.train import TrainSettings
 from ray_ds.data.rows import RowKind
-from ray_ds.data.shards import write_shard
+from ray_ds.data.shard_file import write_shard
 from ray_ds.model.checkpoint_folder import save_checkpoint_folder
 from ray_ds.model.decoder import Decoder
 from ray_ds.model.initial import init_weights

@@ -13,7 +13,7 @@ import torch
 
 from ray_ds.config.settings import decode_settings
 from ray_ds.config.train import TrainSettings
-from ray_ds.data.shards import write_shard
+from ray_ds.data.shard_file import write_shard
 from ray_ds.train.host import Request, SnapshotStore
 from ray_ds.train.task import TrainTask
 from tests.train.processes import spawn

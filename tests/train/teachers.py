@@ -3,10 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-from ray_ds.artifacts import StageRun, TeacherLogits, TokenShards
+from ray_ds.artifacts import TeacherLogits, TokenShards
 from ray_ds.config.settings import decode_settings
 from ray_ds.config.teacher_logits import TeacherLogitsSettings
 from ray_ds.data.rows import RowKind
+from ray_ds.stage_run import StageRun
 from ray_ds.stages.teacher_logits import find_facts, plan_files
 from ray_ds.train.teacher import TeacherJob, store_range
 from tests.stages.small_artifacts import stage_run
