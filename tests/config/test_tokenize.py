@@ -51,6 +51,7 @@ def test_only_what_changes_the_output_is_digested() -> None:
         "max_tokens",
         "baseline_tokens",
         "tasks",
+        "lm_eval",
     }
 
 
