@@ -5,28 +5,12 @@ import pytest
 
 from ray_ds.artifacts import Checkpoint, Corpus, Tokenizer, find_artifact, make_digest, open_artifact
 from ray_ds.errors import ArtifactError
-from ray_ds.stage_run import StageRun
-
-DIGEST = "0123456789abcdef"
-
-
-def make_run(folder: Path, kind: str = "Corpus", inputs: tuple[Corpus, ...] = ()) -> StageRun:
-    return StageRun(
-        step="clean",
-        stage="clean",
-        stage_version=1,
-        kind=kind,
-        run_dir=str(folder),
-        uri=str(folder / DIGEST),
-        digest=DIGEST,
-        settings={},
-        inputs=inputs,
-    )
+from tests.bare_runs import DIGEST, make_run
 
 
 @pytest.fixture
 def corpus(tmp_path: Path) -> Corpus:
-    run = make_run(tmp_path)
+    run = make_run(tmp_path, "Corpus")
     folder = tmp_path / DIGEST
     (folder / "work").mkdir(parents=True)
     (folder / "work" / "scratch").write_text("unfinished")

@@ -1,30 +1,10 @@
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from ray_ds.artifacts import Artifact, Corpus, find_artifact
-from ray_ds.stage_run import StageRun
-
-DIGEST = "0123456789abcdef"
-
-
-def make_run(
-    folder: Path, kind: str, inputs: tuple[Artifact, ...] = (), check_alone: Callable[[], None] = lambda: None
-) -> StageRun:
-    return StageRun(
-        step="step",
-        stage="stage",
-        stage_version=1,
-        kind=kind,
-        run_dir=str(folder),
-        uri=str(folder / DIGEST),
-        digest=DIGEST,
-        settings={},
-        inputs=inputs,
-        check_alone=check_alone,
-    )
+from ray_ds.artifacts import Corpus, find_artifact
+from tests.bare_runs import DIGEST, make_run
 
 
 def test_the_manifest_names_inputs_and_finished_files(tmp_path: Path) -> None:

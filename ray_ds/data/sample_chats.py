@@ -9,10 +9,10 @@ import json
 import re
 from collections.abc import Iterator
 from email.message import Message
-from importlib import metadata
 from typing import cast
 
 from ray_ds import storage
+from ray_ds.data.own_packages import own_packages
 from ray_ds.data.sample_text import king_james_chapters
 
 NUM_VERSES = 3_000
@@ -25,8 +25,8 @@ Chat = list[dict[str, str]]
 def write_sample_chats(folder: str) -> int:
     """Write `chats.jsonl.gz` with `messages` a line and return how many there are.
 
-    The bytes depend on the installed packages alone. Source: the packages' metadata (each under its own licence), and
-    the King James Version (public domain).
+    The bytes depend on the packages that this one needs alone. Source: the packages' metadata (each under its own
+    licence), and the King James Version (public domain).
 
     Args:
         folder: an absolute path or URI.
@@ -40,16 +40,16 @@ def write_sample_chats(folder: str) -> int:
 
 
 def package_chats() -> Iterator[Chat]:
-    """Yield what each installed package is for, asked in three ways, in order of names."""
+    """Yield what each package that this one needs is for, asked in three ways, in order of names."""
     for name, summary in sorted(package_summaries().items()):
         for question in (f"What is {name}?", f"What does the package {name} do?", f"Tell me about {name}."):
             yield _chat(question, f"{name}: {summary}")
 
 
 def package_summaries() -> dict[str, str]:
-    """Return what each installed package says of itself in a sentence, by its name."""
+    """Return what each package that this one needs says of itself in a sentence, by its name."""
     summaries = {}
-    for distribution in metadata.distributions():
+    for distribution in own_packages().values():
         fields = cast(Message, distribution.metadata)
         summary = " ".join((fields.get("Summary") or "").split())
         if summary:

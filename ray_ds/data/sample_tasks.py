@@ -22,8 +22,8 @@ Item = dict[str, object]
 def write_sample_tasks(folder: str) -> dict[str, int]:
     """Write `endings.jsonl`, `kinds.jsonl` and `next_words.jsonl`, an item a line; return how many each has.
 
-    The bytes depend on the installed packages alone. Source: the King James Version (public domain), and the packages'
-    metadata (each under its own licence).
+    The bytes depend on the packages that this one needs alone. Source: the King James Version (public domain), and the
+    packages' metadata (each under its own licence).
 
     Args:
         folder: an absolute path or URI.

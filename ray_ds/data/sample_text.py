@@ -4,15 +4,14 @@ import ast
 import gzip
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from email.message import Message
 from importlib import metadata
 from pathlib import Path
 from typing import cast
 
-from packaging.requirements import Requirement
-
 from ray_ds import storage
+from ray_ds.data.own_packages import own_packages
 from ray_ds.data.sample_chinese import PARAGRAPHS
 from ray_ds.errors import InputError
 
@@ -78,9 +77,9 @@ def chinese_paragraphs() -> Iterator[Document]:
 
 def package_documents() -> Iterator[Document]:
     """Yield the documentation inside the packages that this one needs, as dirty as it is, in order of their names."""
-    found = {_normal_name(distribution.metadata["Name"]): distribution for distribution in metadata.distributions()}
+    found = own_packages()
     num_bytes = 0
-    for name in sorted(_needed(Requirement("ray_ds[demo]"), found) - _SKIPPED):
+    for name in sorted(set(found) - _SKIPPED):
         licence = _licence(found[name])
         source = f"{name} {found[name].version}"
         for path, text in _take(_package_texts(found[name]), MAX_PACKAGE_BYTES):
@@ -88,24 +87,6 @@ def package_documents() -> Iterator[Document]:
             if num_bytes > MAX_PACKAGES_BYTES:
                 return
             yield _document(f"{name}/{path}", text, source, licence)
-
-
-def _needed(wanted: Requirement, found: Mapping[str, metadata.Distribution]) -> set[str]:
-    """Return which of the installed packages a requirement brings in, itself among them."""
-    seen: dict[str, set[str]] = {}
-    pending = [wanted]
-    while pending:
-        one = pending.pop()
-        name = _normal_name(one.name)
-        extras = one.extras | {""}
-        if name not in found or extras <= seen.get(name, set()):
-            continue
-        seen.setdefault(name, set()).update(extras)
-        for line in found[name].requires or ():
-            needed = Requirement(line)
-            if needed.marker is None or any(needed.marker.evaluate({"extra": extra}) for extra in extras):
-                pending.append(needed)
-    return set(seen)
 
 
 def _take(texts: Iterable[tuple[str, str]], max_bytes: int) -> Iterator[tuple[str, str]]:
@@ -163,10 +144,6 @@ def _licence(distribution: metadata.Distribution) -> str:
         return stated.strip()
     classifiers = [line for line in fields.get_all("Classifier") or () if line.startswith("License ::")]
     return classifiers[0].rsplit(" :: ", 1)[-1] if classifiers else "not stated"
-
-
-def _normal_name(name: str) -> str:
-    return re.sub(r"[-_.]+", "_", name).lower()
 
 
 def _document(name: str, text: str, source: str, licence: str) -> Document:

@@ -94,8 +94,8 @@ def test_wrong_settings_of_lm_eval_are_refused(settings: dict[str, Any], message
 
 def test_lm_evals_folder_is_below_the_root() -> None:
     raw = {"seq_len": 8, "lm_eval": {"include_path": "sets", "tasks": ["a"]}}
-    rooted = decode_settings(EvaluateSettings, raw, where="evaluate").with_root("/root", where="evaluate")
-    assert rooted.lm_eval is not None and rooted.lm_eval.include_path == "/root/sets"
+    rooted = decode_settings(EvaluateSettings, raw, where="evaluate").with_root("/base", where="evaluate")
+    assert rooted.lm_eval is not None and rooted.lm_eval.include_path == "/base/sets"
 
 
 def test_two_tasks_of_one_name_are_refused() -> None:
@@ -105,8 +105,8 @@ def test_two_tasks_of_one_name_are_refused() -> None:
 
 def test_relative_files_are_below_the_root() -> None:
     settings = EvaluateSettings(seq_len=8, tasks=(task("a.jsonl", choose=CHOOSE, shots=1, shot_files="b.jsonl"),))
-    rooted = settings.with_root("/root", where="demo.toml: evaluate").tasks[0]
-    assert (rooted.files, rooted.shot_files) == ("/root/a.jsonl", "/root/b.jsonl")
+    rooted = settings.with_root("/base", where="demo.toml: evaluate").tasks[0]
+    assert (rooted.files, rooted.shot_files) == ("/base/a.jsonl", "/base/b.jsonl")
     with pytest.raises(ConfigError, match=r"demo.toml: evaluate.tasks.0.shot_files \(b.jsonl\) must be absolute"):
         settings.with_root(None, where="demo.toml: evaluate")
 
