@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ray_ds.train.arrival import Arrival
 from ray_ds.train.host import Request
 
 
@@ -43,12 +44,13 @@ class Agreement:
         fields = torch.tensor([float(value) for value in astuple(word)], dtype=torch.double)
         mine = torch.cat([sums, fields.to(sums.device, non_blocking=True)])  # (S + 7,)
         self._num_sums = len(sums)
-        self._words = torch.empty(dist.get_world_size() * len(mine), dtype=torch.double, device=sums.device)
-        dist.all_gather_into_tensor(self._words, mine)
+        words = torch.empty(dist.get_world_size() * len(mine), dtype=torch.double, device=sums.device)
+        dist.all_gather_into_tensor(words, mine)
+        self._words = Arrival(words)
 
     def read(self) -> tuple[list[float], Word]:
-        """Return all processes' sums and the common word, the same on each process; waits for the device."""
-        rows = self._words.view(dist.get_world_size(), -1).tolist()
+        """Return all processes' sums and the common word, the same on each process; waits until they are here."""
+        rows = self._words.read().view(dist.get_world_size(), -1).tolist()
         sums = [sum(values) for values in zip(*(row[: self._num_sums] for row in rows), strict=True)]
         words = (row[self._num_sums :] for row in rows)
         requests, failures, sendings, steps, stalls, others, memories = zip(*words, strict=True)

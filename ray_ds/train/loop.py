@@ -4,7 +4,6 @@ import math
 import time
 import warnings
 from contextlib import closing
-from functools import cached_property
 
 import torch
 import torch.distributed as dist
@@ -12,14 +11,10 @@ from torch import Tensor
 
 from ray_ds import storage
 from ray_ds.config.model_size import flops_per_token
-from ray_ds.data.rows import Rows
-from ray_ds.data.teacher_logits import StoredLogits
 from ray_ds.logs import log_event
-from ray_ds.model.balance import expert_load, reset_expert_load, update_router_bias
-from ray_ds.model.documents import number_documents
 from ray_ds.train.agreement import Agreement, Word
+from ray_ds.train.arrival import Arrival
 from ray_ds.train.bad_steps import BadSteps
-from ray_ds.train.batches import Batches, open_task_rows, validation_batches
 from ray_ds.train.checkpoints import METRICS
 from ray_ds.train.export import export_model
 from ray_ds.train.goodput import Goodput, read_attempts, write_attempts
@@ -35,15 +30,15 @@ from ray_ds.train.metrics import (
     peak_memory,
     summarise,
 )
-from ray_ds.train.objective import MicroBatch
 from ray_ds.train.profile import StepProfiler
 from ray_ds.train.safekeeping import Progress, Safekeeping
 from ray_ds.train.schedule import lr_factor
-from ray_ds.train.start import DTYPES, make_objective
+from ray_ds.train.start import DTYPES
+from ray_ds.train.stepper import Stepper
 from ray_ds.train.task import Stopped, TrainResult, TrainTask
 from ray_ds.train.tracker_kinds import TrackedRun
 from ray_ds.train.trackers import Trackers
-from ray_ds.train.zero.engine import Engine, StepResult
+from ray_ds.train.zero.engine import StepResult
 
 ATTEMPTS = "attempts.jsonl"
 PROFILE = "profile"
@@ -81,12 +76,8 @@ class TrainLoop:
         self.task, self.settings, self.host = task, settings, host
         self.step, self.cursor = 0, 0
         host.beat("building the model")
-        self.objective = make_objective(task, host.device)
-        self.decoder = self.objective.decoder
-        self.engine = Engine(self.objective, settings, device=host.device, world_size=host.world_size)
-        rows, teacher = open_task_rows(task, "train")
-        self.batches = Batches(rows, settings, **self._reader(), device=host.device, teacher=teacher)
-        self.safekeeping = Safekeeping(task, self.engine, host)
+        self.stepper = Stepper(task, host)
+        self.safekeeping = Safekeeping(task, self.stepper.engine, host)
         self.profiler = StepProfiler(
             settings.profile_steps, folder=storage.join(task.output, PROFILE), rank=host.rank, device=host.device
         )
@@ -98,13 +89,8 @@ class TrainLoop:
         )
         self._step_s, self._other_s = 0.0, 0.0
         self._record: Record = {}
-        self._terms = 1
         self.metrics = MetricsLog([], None)
         self.trackers: Trackers | None = None
-
-    def _reader(self) -> dict[str, int]:
-        """Return this process's place among those that train on different rows: a group that divides them is one."""
-        return {"rank": self.engine.mesh.reader, "world_size": self.engine.mesh.num_readers}
 
     def resume(self) -> None:
         """Go on from the newest safe state, if there is one."""
@@ -130,15 +116,16 @@ class TrainLoop:
             run = TrackedRun(output=self.task.output, settings=self.task.settings_json(), steps_done=self.step)
             self.trackers = Trackers(self.settings.trackers, run)
         self.bad_steps = BadSteps(self.settings, progress.records, count=progress.bad_steps)
-        self.batches.read_ahead(self.cursor)
+        self.stepper.batches.read_ahead(self.cursor)
 
     def run_step(self) -> bool:
         """Train on one batch and keep what is due; tell whether the state is safe and training is to pause or end."""
         started = time.perf_counter()
         number = self.step + 1
         with self.profiler.step(number):
-            agreement = Agreement(self._forward_backward(number), self._word())
-            word = self._update(number, agreement, started)
+            with self.profiler.phase("forward_backward"):
+                sums, terms = self.stepper.forward_backward(number, self.cursor)
+            word = self._update(number, Agreement(sums, self._word()), terms, started)
         if word is None:
             return False
         self._step_s = time.perf_counter() - started
@@ -170,45 +157,25 @@ class TrainLoop:
             memory_bytes=peak_memory(self.host.device),
         )
 
-    def _forward_backward(self, number: int) -> Tensor:
-        """Add up the gradient of this process's micro-batches; return their summed loss and figures, (1 + F,), fp64."""
-        sums = torch.zeros(1 + len(self.objective.figures), dtype=torch.double, device=self.host.device)
-        self._terms = self.batches.terms(self.cursor)
-        with self.profiler.phase("forward_backward"):
-            for place, batch in enumerate(self.batches.of_batch(self.cursor)):
-                self.host.beat(f"step {number} micro-batch {place + 1}")
-                if batch.index is not None:
-                    _seed(self.settings.seed, self.cursor, batch.index)
-                sums += self.engine.forward_backward(self._masked(batch), terms=self._terms)
-        self.host.beat(f"step {number} gradients")
-        return sums
-
-    def _masked(self, batch: MicroBatch) -> MicroBatch:
-        """Return a stream's rows with the numbers of their documents, where attention is to stay within these."""
-        if not self.settings.document_mask:
-            return batch
-        return batch._replace(segments=number_documents(batch.tokens, self.task.bos_token_id))
-
-    def _update(self, number: int, agreement: Agreement, started: float) -> Word | None:
+    def _update(self, number: int, agreement: Agreement, terms: int, started: float) -> Word | None:
         """Update the weights and make the step's record; return the common word, or None where it was rolled back."""
         factor = lr_factor(self.step, self.settings.num_steps, self.settings.schedule)
-        result: StepResult | None = None
+        updated: tuple[StepResult, Arrival] | None = None
         with self.profiler.phase("optimizer"):
             if self.settings.bad_loss == "fail":  # a bad step is the last, so the device need not wait for the verdict
-                result = self.engine.step(factor)
+                updated = self.stepper.update(factor)
+                if not self._has_work_behind(number):
+                    self.stepper.run_ahead(number + 1, self.cursor + 1)
             sums, word = agreement.read()
-            means = [total / self._terms for total in sums]
-            names = ("loss", *self.objective.figures)  # an objective may say what is to be called its loss
+            means = [total / terms for total in sums]
+            names = ("loss", *self.stepper.objective.figures)  # an objective may say what is to be called its loss
             figures: dict[str, float | int | bool] = dict(zip(names, means, strict=True))
-            loss = float(figures["loss"])
-            reason = self.bad_steps.judge(loss)
-            if reason is not None and result is None:
-                self.engine.skip_step()
-            elif result is None:
-                result = self.engine.step(factor)
-            load = self._take_expert_load()
-        is_fp16 = self.settings.precision == "fp16"
-        if reason is None and result is not None and result.is_skipped and not is_fp16:
+            reason = self.bad_steps.judge(float(figures["loss"]))
+            if updated is None and reason is None:
+                updated = self.stepper.update(factor)
+            elif updated is None:
+                self.stepper.skip_update()
+        if reason is None and updated is not None and self.stepper.is_no_number(updated[0]):
             reason = "the gradient is no number"  # DeepSpeed drops it too; no smaller loss scale mends the next one
         if reason is not None:
             self.bad_steps.add(number, reason)
@@ -218,17 +185,24 @@ class TrainLoop:
                 return None
         figures["lr"] = self.settings.optimizer.lr * factor
         if self.task.rows != "stream":
-            figures["terms"] = self._terms
-        if reason is not None or result is None:
+            figures["terms"] = terms
+        if reason is not None or updated is None:
             figures |= {"grad_norm": math.nan, "is_skipped": True}
         else:
+            result, load = updated
             figures["grad_norm"] = result.grad_norm
-            if is_fp16:
+            if self.settings.precision == "fp16":
                 figures |= {"loss_scale": result.loss_scale, "is_skipped": result.is_skipped}
-            figures |= self._balance_experts(load)
+            figures |= load_figures(load.read())
         self.step, self.cursor = self.step + 1, self.cursor + 1
         self._record = self._make_record(figures, word, time.perf_counter() - started)
         return word
+
+    def _has_work_behind(self, number: int) -> bool:
+        """Tell whether the device has something else to do after a step than the next one."""
+        is_last = number == self.settings.num_steps
+        looks = _is_due(self.settings.validate_every, number, is_last)
+        return is_last or looks or _is_due(self.settings.checkpoint_every, number, is_last)
 
     def _make_record(self, figures: Record, word: Word, seconds: float) -> Record:
         """Return all that is known of a step that was just done."""
@@ -240,22 +214,6 @@ class TrainLoop:
             "memory_bytes": word.memory_bytes,
             **self.goodput.count(seconds, now=time.time(), is_skipped=bool(figures.get("is_skipped"))),
         }
-
-    def _balance_experts(self, load: Tensor) -> dict[str, float]:
-        """Move the routers' biases by the load of all processes; return its figures."""
-        if not load.numel():
-            return {}
-        if self.settings.router_bias_speed is not None:  # settings fill it in where routers have a bias
-            update_router_bias(self.decoder, load, self.settings.router_bias_speed)
-        return load_figures(load)
-
-    def _take_expert_load(self) -> Tensor:
-        """Return tokens by expert of all processes, (MoE layers, E) or empty, and start counting anew."""
-        load = expert_load(self.decoder)
-        if load.numel():
-            dist.all_reduce(load)
-            reset_expert_load(self.decoder)
-        return load
 
     def _roll_back(self) -> None:
         """Go back to the newest safe state, and on with the batch after the bad one."""
@@ -273,35 +231,18 @@ class TrainLoop:
         """Look at the validation loss where that is due, and show the step to who watches."""
         is_last = self.step == self.settings.num_steps
         if _is_due(self.settings.validate_every, self.step, is_last):
-            self._record = {**self._record, "validation_loss": self.validation_loss()}
+            self._record = {**self._record, "validation_loss": self.stepper.validation_loss()}
         self.metrics.append(self._record)
         if self.trackers is not None:
             self.trackers.log(self._record)
         if "validation_loss" in self._record or _is_due(self.settings.log_every, self.step, is_last):
             self.host.report(self._record)
 
-    @cached_property
-    def validation(self) -> tuple[Rows, StoredLogits | None]:
-        """The rows of the validation split and what a teacher said to them, opened at the first look."""
-        return open_task_rows(self.task, "validation")
-
-    def validation_loss(self) -> float:
-        """Return the loss on rows of the validation split, a mean over targets or pairs."""
-        sums = torch.zeros(2, dtype=torch.float64, device=self.host.device)
-        rows, teacher = self.validation
-        reader = self._reader()
-        for batch in validation_batches(rows, self.settings, **reader, device=self.host.device, teacher=teacher):
-            self.host.beat("validation")
-            sums[0] += self.engine.loss(self._masked(batch))
-            sums[1] += batch.terms / self.engine.mesh.rows_shared_by
-        dist.all_reduce(sums)
-        return float(sums[0] / sums[1])
-
     def finish(self) -> TrainResult:
         """Write the model and its metrics into the artefact's folder and return the run's facts."""
         self.host.beat("writing the model")
         self.safekeeping.finish()
-        state: dict[str, Tensor] = self.engine.full_state()
+        state: dict[str, Tensor] = self.stepper.engine.full_state()
         records: list[Record] = self.metrics.records
         if self.host.rank == 0:
             self.host.check_alone()
@@ -314,18 +255,10 @@ class TrainLoop:
     def close(self) -> None:
         """End what runs beside the loop."""
         self.profiler.close()
-        self.batches.close()
+        self.stepper.close()
         self.metrics.close()
         if self.trackers is not None:
             self.trackers.close(is_finished=self.step == self.settings.num_steps)
-
-
-def _seed(seed: int, cursor: int, index: int) -> None:
-    """Make the random numbers of a micro-batch depend on its place in the data alone, not on who computes it when.
-
-    So no state of a generator has to be kept: it follows from the cursor.
-    """
-    torch.manual_seed((seed * 1_000_003 + cursor) * 65_537 + index)
 
 
 def _prepare_process(threads: int, device: torch.device) -> None:

@@ -79,6 +79,7 @@ def train_in_processes(
     world_size: int | None = None,
     die_at_step: int | None = None,
     requests: Mapping[int, Request] | None = None,
+    runs_ahead: bool = False,
 ) -> None:
     """Run a task in as many processes as its settings have workers.
 
@@ -86,11 +87,13 @@ def train_in_processes(
         world_size: processes, if not the settings' most.
         die_at_step: the last process kills itself after this step.
         requests: what the last process is asked for, by the number of the step.
+        runs_ahead: launch steps ahead as on a GPU.
     """
     store = Path(task.output) / f"store-{os.urandom(4).hex()}"
     store.parent.mkdir(parents=True, exist_ok=True)
     world_size = world_size or task.settings.max_workers
-    spawn(_run_rank, (world_size, str(store), task.to_dict(), die_at_step, dict(requests or {})), count=world_size)
+    arguments = (world_size, str(store), task.to_dict(), die_at_step, dict(requests or {}), runs_ahead)
+    spawn(_run_rank, arguments, count=world_size)
 
 
 def read_records(task: TrainTask) -> list[dict[str, Any]]:
@@ -116,6 +119,7 @@ class PlainHost:
     """What is asked for in a step, by its number."""
     place: str = ""
     safe_at: int | None = None
+    ran_ahead: bool = False
 
     def request(self) -> Request:
         return self.requests.get(int(self.place.split()[1]), Request.NONE)
@@ -130,6 +134,7 @@ class PlainHost:
         self.safe_at = step
 
     def report(self, record: Any) -> None:
+        self.ran_ahead |= self.place.startswith(f"step {record['step'] + 1} micro-batch")
         if self.rank == self.world_size - 1 and record["step"] == self.die_at_step:
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -141,11 +146,17 @@ def _run_rank(
     raw: dict[str, Any],
     die_at_step: int | None,
     requests: Mapping[int, Request],
+    runs_ahead: bool,
 ) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+    from ray_ds.train import stepper
     from ray_ds.train.loop import train
 
+    if runs_ahead:
+        may_run_ahead = stepper.may_run_ahead
+        stepper.may_run_ahead = lambda settings, device: may_run_ahead(settings, torch.device("cuda"))
     is_last = rank == world_size - 1
     host = PlainHost(rank, world_size, die_at_step, requests=requests if is_last else {})
     train(TrainTask.from_dict(raw), host)
+    assert host.ran_ahead == runs_ahead

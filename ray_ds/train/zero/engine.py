@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ray_ds.config.train import TrainSettings
 from ray_ds.model.balance import uncounted
+from ray_ds.train.arrival import Arrival
 from ray_ds.train.objective import MicroBatch, Objective
 from ray_ds.train.parallel.cuts import joined
 from ray_ds.train.parallel.divide import divide
@@ -22,6 +23,7 @@ from ray_ds.train.zero.build import use_built_op
 from ray_ds.train.zero.config import deepspeed_config
 from ray_ds.train.zero.logical import LogicalState
 from ray_ds.train.zero.optimizer import make_optimizer
+from ray_ds.train.zero.quick_norm import use_quick_norm
 from ray_ds.train.zero.scaler import restore_scaler, scaler_fields
 
 
@@ -29,12 +31,19 @@ from ray_ds.train.zero.scaler import restore_scaler, scaler_fields
 class StepResult:
     """What an optimizer step did."""
 
-    grad_norm: float
-    """Norm of the gradient over all weights before clipping; with Muon in ZeRO 1-3 of the orthogonalized update."""
+    norm: Arrival
     is_skipped: bool
     """fp16 overflowed: the weights are as before and the loss scale is halved."""
     loss_scale: float
     """What fp16 multiplied the loss with; 1 in other types."""
+
+    @property
+    def grad_norm(self) -> float:
+        """Norm of the gradient over all weights before clipping; with Muon in ZeRO 1-3 of the orthogonalized update.
+
+        Waits until it is here.
+        """
+        return float(self.norm.read())
 
 
 class Engine:
@@ -67,6 +76,8 @@ class Engine:
                 mpu=mpu,
                 dist_init_required=False,
             )
+        if not self._cuts:
+            use_quick_norm(self._engine.optimizer)
         self._zero_stage = settings.zero_stage
         self._is_fp16 = settings.precision == "fp16"
         self._has_plain_fp32_optimizer = settings.zero_stage == 0 and settings.precision == "fp32"
@@ -106,14 +117,14 @@ class Engine:
         norm = self._plain_grad_norm() if self._has_plain_fp32_optimizer else None
         if norm is not None and not norm.isfinite():  # torch's optimizer would write it into the weights
             self.skip_step()
-            return StepResult(grad_norm=float(norm), is_skipped=True, loss_scale=1.0)
+            return StepResult(norm=Arrival(norm), is_skipped=True, loss_scale=1.0)
         loss_scale = float(optimizer.loss_scale) if self._is_fp16 else 1.0
         self._engine.step()
         self._is_micro_batch_open = False
         if norm is None:
             norm = self._engine.get_global_grad_norm()
         return StepResult(
-            grad_norm=float(norm),
+            norm=Arrival(torch.as_tensor(norm)),
             is_skipped=bool(getattr(optimizer, "overflow", False)),
             loss_scale=loss_scale,
         )
@@ -155,8 +166,10 @@ class Engine:
         return sums / self.mesh.size if self.mesh.axis == "tensor" else sums
 
     def state(self) -> EngineState:
-        """Return views of what this process holds of the state between two steps."""
-        assert not self._is_micro_batch_open, "the state is whole only between steps"
+        """Return views of what this process holds of the state after a step.
+
+        Micro-batches of the next step change nothing of it, but for Muon's momentum in ZeRO 3.
+        """
         facts: dict[str, JsonValue] = {"optimizer_steps": self._state.optimizer_steps()}
         if self._is_fp16:
             facts["loss_scale"] = scaler_fields(self._engine.optimizer.loss_scaler)
