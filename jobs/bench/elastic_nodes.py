@@ -29,13 +29,13 @@ WAIT_S = 300.0
 class Nodes:
     """The cluster's worker nodes, each of which holds one worker."""
 
-    def __init__(self, cluster: Cluster) -> None:
+    def __init__(self, cluster: Cluster, num_gpus: int = 0, store_bytes: int = STORE_BYTES) -> None:
         self._cluster = cluster
+        self._options = {"num_gpus": num_gpus, "object_store_memory": store_bytes}
 
     def add(self) -> None:
         """Start a node without waiting for it."""
-        options = {"num_cpus": 1, "object_store_memory": STORE_BYTES, "memory": NODE_MEMORY}
-        self._cluster.add_node(wait=False, **options)
+        self._cluster.add_node(wait=False, num_cpus=1, memory=NODE_MEMORY, **self._options)
 
     def alive(self) -> list[str]:
         """Return the ids of living nodes that hold a worker."""
@@ -67,11 +67,15 @@ class Nodes:
 
 
 @contextmanager
-def start_nodes(count: int) -> Iterator[Nodes]:
-    """Start a head without CPUs and worker nodes, connect to them, and end exactly those."""
+def start_nodes(count: int, *, num_gpus: int = 0, store_bytes: int = STORE_BYTES) -> Iterator[Nodes]:
+    """Start a head without CPUs and worker nodes, connect to them, and end exactly those.
+
+    Args:
+        num_gpus: of each node, as it says; nodes of one host have the same ones.
+    """
     head = {"num_cpus": 0, "object_store_memory": STORE_BYTES, "include_dashboard": False, "no_monitor": True}
     cluster = Cluster(initialize_head=True, head_node_args={**head, "_system_config": HEALTH_CHECKS})
-    nodes = Nodes(cluster)
+    nodes = Nodes(cluster, num_gpus, store_bytes)
     try:
         ray.init(address=cluster.address, log_to_driver=False, namespace="ray_ds")
         for _ in range(count):

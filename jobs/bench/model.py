@@ -25,7 +25,7 @@ os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # read when ray is imported;
 import torch
 from torch import Tensor, nn
 
-from jobs.bench.train import bare_loop, run_ours, run_peer, time_autocast_loop, write_synthetic_shards
+from jobs.bench.train import bare_loop, run_ours, run_peer, time_plain_loop, write_synthetic_shards
 from ray_ds.config.model import ModelConfig
 from ray_ds.config.model_size import flops_per_token, num_active_parameters, num_parameters
 from ray_ds.config.settings import decode_settings
@@ -124,14 +124,14 @@ def make_settings(case: Case, options: argparse.Namespace, device: str) -> Train
 
 
 def hugging_face(settings: TrainSettings, options: argparse.Namespace) -> float:
-    """Return tokens/s of transformers' model of the same sizes: autocast, fp32 masters, fused AdamW, compiled."""
+    """Return tokens/s of transformers' model of the same sizes: bf16, fp32 masters, fused AdamW, compiled."""
     model = build_hugging_face(settings.model.resolve(options.vocab_size, options.seq_len)).to(settings.device)
 
     def loss_of(tokens: Tensor, targets: Tensor) -> Tensor:
         logits = model(input_ids=tokens, use_cache=False).logits
         return nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum")
 
-    return time_autocast_loop(model, loss_of, settings, options)
+    return time_plain_loop(model, loss_of, settings, options)
 
 
 def build_hugging_face(config: ModelConfig) -> nn.Module:

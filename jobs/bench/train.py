@@ -7,7 +7,7 @@ Three rows for each precision and ZeRO stage, all in one run, all of the same mo
 
     ours             the stage's worker under Ray Train: our loop, reading shards, logging, checkpoints, snapshots
     bare DeepSpeed   the same DeepSpeed engine in ten lines, its rows ready on the device
-    bare loop        no DeepSpeed either: fp32 masters, torch's fused AdamW, autocast (bf16 only)
+    bare loop        no DeepSpeed either: bf16 weights, fp32 masters, torch's fused AdamW (bf16 only)
 
 It starts a Ray of its own with one worker: NCCL refuses two on one GPU. The text is made up (tokens by Zipf's law),
 which costs the same as real text in a dense model; the loss goes down to the entropy of single tokens.
@@ -239,15 +239,20 @@ def new_decoder(settings: TrainSettings, options: argparse.Namespace) -> Decoder
 
 
 def time_steps(step: Callable[[], None], settings: TrainSettings, options: argparse.Namespace) -> float:
-    """Return the median tokens/s of the later steps."""
-    seconds = []
-    for _ in range(options.steps):
-        started = time.perf_counter()
+    """Return the tokens/s of the later steps, which need not wait for each other."""
+    warm_up = int(options.steps * WARM_UP)
+    for number in range(options.steps):
+        if number == warm_up:
+            _synchronize(settings.device)
+            started = time.perf_counter()
         step()
-        if settings.device == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - started)
-    return settings.batch_tokens / statistics.median(seconds[int(len(seconds) * WARM_UP) :])
+    _synchronize(settings.device)
+    return settings.batch_tokens * (options.steps - warm_up) / (time.perf_counter() - started)
+
+
+def _synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
 
 
 def bare_deepspeed(settings: TrainSettings, options: argparse.Namespace) -> float:
@@ -281,37 +286,49 @@ def bare_deepspeed(settings: TrainSettings, options: argparse.Namespace) -> floa
         return time_steps(step, settings, options)
 
 
-def time_autocast_loop(
+def time_plain_loop(
     model: torch.nn.Module,
     loss_of: Callable[[Tensor, Tensor], Tensor],
     settings: TrainSettings,
     options: argparse.Namespace,
 ) -> float:
-    """Return tokens/s of a model trained with fp32 masters, autocast and torch's AdamW.
+    """Return tokens/s of a model trained in bf16 with fp32 masters and torch's AdamW, in as few kernels as torch has.
+
+    Faster than autocast, in which what is not a product runs in fp32 (194 against 157 thousand tokens/s, H200, 369 M).
 
     Args:
         loss_of: from tokens and targets to the model's summed loss; compiled if the options say so.
     """
+    weights = list(model.parameters())
+    masters = [weight.detach().clone() for weight in weights]
+    for weight in weights:
+        weight.data = weight.data.bfloat16()
     forward = torch.compile(loss_of) if options.compile else loss_of
-    optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, fused=settings.device == "cuda")
+    optimizer = torch.optim.AdamW(masters, lr=options.lr, fused=settings.device == "cuda")
     rows = rows_of_step(settings, options)
 
     def step() -> None:
         for tokens, targets in rows:
-            with torch.autocast(settings.device, torch.bfloat16):
-                loss = forward(tokens, targets)
-            (loss / settings.batch_tokens).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.gradient_clipping)
+            (forward(tokens, targets) / settings.batch_tokens).backward()
+        update()
+
+    @torch.no_grad()
+    def update() -> None:
+        wide = [torch.empty_like(master) for master in masters]
+        torch._foreach_copy_(wide, [weight.grad for weight in weights])
+        for master, gradient, weight in zip(masters, wide, weights, strict=True):
+            master.grad, weight.grad = gradient, None
+        torch.nn.utils.clip_grad_norm_(masters, settings.gradient_clipping)
         optimizer.step()
-        optimizer.zero_grad()
+        torch._foreach_copy_(weights, masters)
 
     return time_steps(step, settings, options)
 
 
 def bare_loop(settings: TrainSettings, options: argparse.Namespace) -> float:
-    """Return tokens/s of the same model with fp32 masters, autocast and torch's AdamW: no Ray, no DeepSpeed."""
+    """Return tokens/s of the same model with fp32 masters and torch's AdamW: no Ray, no DeepSpeed."""
     decoder = new_decoder(settings, options)
-    tokens_per_s = time_autocast_loop(decoder, decoder, settings, options)
+    tokens_per_s = time_plain_loop(decoder, decoder, settings, options)
     peak = peak_flops(torch.device(settings.device), torch.bfloat16)
     if peak:
         config = settings.model.resolve(options.vocab_size, options.seq_len)

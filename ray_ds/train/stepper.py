@@ -1,5 +1,6 @@
 """The device's part of a step: forward, backward, update. What came of it is read when it is there."""
 
+import math
 from functools import cached_property
 
 import torch
@@ -44,6 +45,7 @@ class Stepper:
         self._reader = {"rank": self.engine.mesh.reader, "world_size": self.engine.mesh.num_readers}
         rows, teacher = open_task_rows(task, "train")
         self.batches = Batches(rows, settings, **self._reader, device=host.device, teacher=teacher)
+        self._is_fp16 = settings.precision == "fp16"
         self._runs_ahead = may_run_ahead(settings, host.device)
         self._ahead: BatchPass | None = None
 
@@ -87,13 +89,13 @@ class Stepper:
             dist.all_reduce(load)
             reset_expert_load(self.decoder)
             speed = self._settings.router_bias_speed  # settings fill it in where routers have a bias
-            if speed is not None and not self.is_no_number(result):
+            if speed is not None and (self._is_fp16 or not result.is_skipped):
                 update_router_bias(self.decoder, load, speed)
         return result, Arrival(load)
 
     def is_no_number(self, result: StepResult) -> bool:
-        """Tell whether a step was dropped for its gradient: fp16 drops some to find its loss scale, and goes on."""
-        return result.is_skipped and self._settings.precision != "fp16"
+        """Tell whether a step's gradient was no number; fp16 drops some such steps to find its loss scale."""
+        return not self._is_fp16 and not math.isfinite(result.grad_norm)
 
     def skip_update(self) -> None:
         """Drop the gradient and leave all else as it was before the step."""

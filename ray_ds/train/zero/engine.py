@@ -23,7 +23,7 @@ from ray_ds.train.zero.build import use_built_op
 from ray_ds.train.zero.config import deepspeed_config
 from ray_ds.train.zero.logical import LogicalState
 from ray_ds.train.zero.optimizer import make_optimizer
-from ray_ds.train.zero.quick_norm import use_quick_norm
+from ray_ds.train.zero.quick_update import use_quick_update
 from ray_ds.train.zero.scaler import restore_scaler, scaler_fields
 
 
@@ -33,7 +33,9 @@ class StepResult:
 
     norm: Arrival
     is_skipped: bool
-    """fp16 overflowed: the weights are as before and the loss scale is halved."""
+    """The gradient was no number and the weights are as before; in fp16 the loss scale is halved.
+
+    Where `bad_loss` is `fail` an update in bf16 does not wait for that: the norm alone tells, weights are spoilt."""
     loss_scale: float
     """What fp16 multiplied the loss with; 1 in other types."""
 
@@ -77,7 +79,7 @@ class Engine:
                 dist_init_required=False,
             )
         if not self._cuts:
-            use_quick_norm(self._engine.optimizer)
+            use_quick_update(self._engine.optimizer, waits=settings.bad_loss != "fail")
         self._zero_stage = settings.zero_stage
         self._is_fp16 = settings.precision == "fp16"
         self._has_plain_fp32_optimizer = settings.zero_stage == 0 and settings.precision == "fp32"

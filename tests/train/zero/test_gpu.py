@@ -133,3 +133,29 @@ def test_fp16_goes_on_in_another_stage(seen: dict[Any, dict[str, Any]], case: tu
     losses = [[loss for loss, *_ in seen[case][name]] for name in ("later", "moved")]
     assert losses[0] == pytest.approx(losses[1], rel=2e-3)
     assert [scale for *_, scale in seen[case]["later"]] == [scale for *_, scale in seen[case]["moved"]]
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_step_in_bf16_never_waits_for_the_device(tmp_path: Path, stage: int) -> None:
+    environment = {"DS_ACCELERATOR": "cuda", "TORCH_CUDA_ARCH_LIST": "9.0"}
+    spawn(step_without_waiting, (tmp_path, stage), count=1, environment=environment)
+
+
+def step_without_waiting(rank: int, folder: Path, stage: int) -> None:
+    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    torch.cuda.set_device(0)
+    dist.init_process_group("cpu:gloo,cuda:nccl", init_method=f"file://{folder}/store", rank=rank, world_size=1)
+    engine = new_engine(make_settings(zero_stage=stage, precision="bf16", device="cuda", num_workers=1), 0)
+    rows = counting_grid(0).cuda()
+
+    def step() -> Any:
+        for part in rows:
+            engine.forward_backward(micro_batch(part), terms=256)
+        return engine.step(1.0)
+
+    norms = [step().grad_norm for _ in range(3)]
+    torch.cuda.set_sync_debug_mode("error")
+    result = step()
+    torch.cuda.set_sync_debug_mode("default")
+    assert 0 < result.grad_norm < 2 * norms[-1]
+    dist.destroy_process_group()

@@ -1,6 +1,7 @@
 """The quick look at the gradient: the same norms, and bad gradients still stop a step."""
 
 import inspect
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,10 @@ def test_deepspeed_still_looks_at_the_norm() -> None:
     version = f"DeepSpeed {deepspeed.__version__}"
     assert "self.check_overflow(partition_gradients=" in source, version
     assert "is_invalid_grad_norm(scaled_global_grad_norm)" in source and "self.overflow = True" in source, version
+    guard = "self.dtype != torch.bfloat16\n                    or self.check_grad_overflow) and is_invalid_grad_norm"
+    assert guard in source, version
+    clip = inspect.getsource(DeepSpeedZeroOptimizer.unscale_and_clip_grads)
+    assert "clip = ((clip_norm / self.loss_scale) + 1e-6) / self.clip_grad" in clip, version
     parameters = list(inspect.signature(DeepSpeedZeroOptimizer.get_grad_norm_direct).parameters)
     assert parameters == ["self", "gradients", "params", "norm_type"], version
 
@@ -31,10 +36,32 @@ def test_deepspeed_still_looks_at_the_norm() -> None:
 def test_norms_are_deepspeeds_and_a_gradient_that_is_no_number_changes_nothing(
     tmp_path: Path, stage: int, precision: str
 ) -> None:
-    spawn(compare, (str(tmp_path / "store"), stage, precision), count=2)
+    spawn(compare, (str(tmp_path / "store"), stage, precision, "skip"), count=2)
 
 
-def compare(rank: int, store: str, stage: int, precision: str) -> None:
+@pytest.mark.slow
+def test_where_a_bad_step_is_the_last_the_norm_alone_tells(tmp_path: Path) -> None:
+    spawn(compare, (str(tmp_path / "store"), 1, "bf16", "fail"), count=2)
+
+
+@pytest.mark.parametrize("norm", [0.5, 2.0, 1e4])
+def test_gradients_are_clipped_as_deepspeed_does(norm: float) -> None:
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+    from ray_ds.train.zero.quick_update import use_quick_update
+
+    stock, quick = (object.__new__(DeepSpeedZeroOptimizer) for _ in range(2))
+    for optimizer in (stock, quick):
+        optimizer.clip_grad, optimizer.dtype, optimizer.loss_scaler = 1.0, torch.bfloat16, None
+        optimizer.external_loss_scale, optimizer.custom_loss_scaler = 1.0, True
+    assert use_quick_update(quick, waits=False)
+    gradients = [torch.randn(100, generator=torch.Generator().manual_seed(0)) for _ in range(2)]
+    stock.unscale_and_clip_grads([gradients[0]], torch.tensor(norm))
+    quick.unscale_and_clip_grads([gradients[1]], torch.tensor(norm))
+    assert torch.equal(*gradients)
+
+
+def compare(rank: int, store: str, stage: int, precision: str, bad_loss: str) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
@@ -44,7 +71,7 @@ def compare(rank: int, store: str, stage: int, precision: str) -> None:
     from ray_ds.train.zero.engine import Engine
     from tests.train.zero.worlds import micro_batch
 
-    settings = make_settings(zero_stage=stage, precision=precision)
+    settings = make_settings(zero_stage=stage, precision=precision, bad_loss=bad_loss)
     decoder = Decoder(settings.model.resolve(VOCAB_SIZE, settings.seq_len))
     init_weights(decoder, 0)
     engine = Engine(NextTokenObjective(decoder), settings, device=torch.device("cpu"), world_size=2)
@@ -68,7 +95,9 @@ def compare(rank: int, store: str, stage: int, precision: str) -> None:
     torch.testing.assert_close(torch.tensor(result.grad_norm), expected, rtol=1e-5, atol=0)
     before = {name: value.clone() for name, value in decoder.state_dict().items()}
     _, result = run(float("nan"))
-    assert result.is_skipped
+    assert result.is_skipped == (bad_loss == "skip") and not math.isfinite(result.grad_norm)
+    if bad_loss == "fail":
+        return
     assert all(torch.equal(value, before[name]) for name, value in decoder.state_dict().items())
     assert not run(1.0)[1].is_skipped
     torch.distributed.barrier()
