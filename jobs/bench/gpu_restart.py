@@ -15,6 +15,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -168,19 +169,17 @@ def measure(task: TrainTask, folder: Path, options: argparse.Namespace) -> dict[
         try:
             wait_for(lambda: has_done(options.kill_at), f"step {options.kill_at} was not reached", timeout_s=400)
             victim = str(read_beats(folder)[0]["node"])
-            before, killed = len(records), time.time()
+            killed = time.time()
             nodes.kill(victim)
-            time.sleep(1)  # what was on its way has arrived
-            before = max(before, next((i for i, r in enumerate(records) if r["time"] > killed + 0.9), len(records)))
-            wait_for(lambda: has_done(1) and len(records) > before, "no step after the kill", timeout_s=300)
-            done = max(record["step"] for record in records[:before])
-            again = records[before]
+            wait_for(lambda: has_done(1) and records[-1]["restarts"] > 0, "no step after the kill", timeout_s=300)
         finally:
             stop.set()
             thread.join()
     beats = read_beats(folder)
     first, second = (beats[i : i + 1 + len(STAGES)] for i in (0, 1 + len(STAGES)))
-    steps = [record["seconds"] for record in records[10:before]]
+    before, after = ([r for r in records if (r["restarts"] > 0) is is_after] for is_after in (False, True))
+    done, again = max(record["step"] for record in before), after[0]
+    steps = [record["seconds"] for record in before[10:]]
     return {
         "cold_start_to_step_s": records[0]["time"] - began,
         **parts("cold", began, first, records[0]["time"]),
@@ -200,7 +199,9 @@ def parts(kind: str, begin: float, beats: Sequence[Mapping[str, Any]], end: floa
     """Return the seconds before each stage's end, by what took them."""
     names = ("finding_out_and_process", "imports", "model_and_engine", "state", "first_pass", "first_step")
     times = [begin, *(beat["time"] for beat in beats), end]
-    return {f"{kind}_{name}_s": later - earlier for name, earlier, later in zip(names, times, times[1:], strict=True)}
+    return {
+        f"{kind}_{name}_s": later - earlier for name, earlier, later in zip(names, times[:-1], times[1:], strict=True)
+    }
 
 
 if __name__ == "__main__":
