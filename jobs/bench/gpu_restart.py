@@ -199,9 +199,8 @@ def parts(kind: str, begin: float, beats: Sequence[Mapping[str, Any]], end: floa
     """Return the seconds before each stage's end, by what took them."""
     names = ("finding_out_and_process", "imports", "model_and_engine", "state", "first_pass", "first_step")
     times = [begin, *(beat["time"] for beat in beats), end]
-    return {
-        f"{kind}_{name}_s": later - earlier for name, earlier, later in zip(names, times[:-1], times[1:], strict=True)
-    }
+    spans = (later - earlier for earlier, later in pairwise(times))
+    return {f"{kind}_{name}_s": seconds for name, seconds in zip(names, spans, strict=True)}
 
 
 if __name__ == "__main__":
