@@ -27,7 +27,6 @@ from ray.train.v2._internal.execution.failure_handling.default import DefaultFai
 from ray.train.v2._internal.execution.scaling_policy import NoopDecision
 from ray.train.v2._internal.execution.scaling_policy.elastic import ElasticScalingPolicy
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
-from ray.util.placement_group import PlacementGroup, placement_group_table
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ray_ds.on_ray.board import Look
@@ -108,8 +107,6 @@ class GracefulElasticPolicy(ElasticScalingPolicy):  # type: ignore[misc, unused-
         self._offer = Offer()
         self._held: Counter[str] = Counter()
         """Workers by node."""
-        self._bundles: PlacementGroup | None = None
-        """What the last group of workers has reserved; it keeps that, also after their death, until the next starts."""
         self._joining: Counter[str] = Counter()
         """Workers that will be added, by node, once more room has lasted."""
         self._chosen: list[str] = []
@@ -148,8 +145,7 @@ class GracefulElasticPolicy(ElasticScalingPolicy):  # type: ignore[misc, unused-
         now = time.monotonic()
         if self._waiting_since is None:
             self._waiting_since = now
-        # Ray moves what was reserved on a lost node to another one, where it would be in the way of the next group.
-        nodes = usable_nodes(self._need, _reserved(self._bundles), self._plan.sizes.max_workers)
+        nodes = usable_nodes(self._need, self._held, self._plan.sizes.max_workers)
         size = self._plan.sizes.largest(room(nodes))
         possible = self._plan.sizes.largest(sum(node.total for node in nodes))
         if size == 0 or (size < possible and now - self._waiting_since < FREE_WAIT_S):
@@ -162,7 +158,6 @@ class GracefulElasticPolicy(ElasticScalingPolicy):  # type: ignore[misc, unused-
 
     def _decide_to_change(self, worker_group_state: Any) -> Any:
         self._held = Counter(worker.metadata.node_id for worker in worker_group_state.workers)
-        self._bundles = worker_group_state.placement_group_handle.placement_group
         look = self._look()
         if look.request is Request.STOP:
             return NoopDecision()
@@ -232,14 +227,6 @@ class GracefulElasticPolicy(ElasticScalingPolicy):  # type: ignore[misc, unused-
 
     def _call(self, answer: Any) -> Any:
         return ray.get(answer, timeout=CALL_TIMEOUT_S)
-
-
-def _reserved(bundles: PlacementGroup | None) -> Counter[str]:
-    """Return how many workers' resources a placement group holds, by node."""
-    if bundles is None:
-        return Counter()
-    table = placement_group_table(bundles)
-    return Counter(node for node in table["bundles_to_node_id"].values() if node and table["state"] != "REMOVED")
 
 
 class StoppedWithoutWorkers(Exception):

@@ -145,9 +145,7 @@ class Cluster:
             self.board.join(rank, decision.num_workers)
         staying = [name for name in self.nodes if name not in self.draining][: decision.num_workers]
         workers = [SimpleNamespace(metadata=SimpleNamespace(node_id=name)) for name in staying]
-        self.group = SimpleNamespace(
-            workers=workers, start_time=self.now, placement_group_handle=SimpleNamespace(placement_group=None)
-        )
+        self.group = SimpleNamespace(workers=workers, start_time=self.now)
         return int(decision.num_workers)
 
     def say_safe(self) -> None:
