@@ -35,11 +35,22 @@ def test_workers_are_a_number_or_a_range() -> None:
     fixed, elastic = decode(num_workers=2), decode(num_workers=[1, 2], allowed_workers=[2])
     assert (fixed.worker_range, fixed.min_workers, fixed.max_workers, fixed.is_elastic) == ((2, 2), 2, 2, False)
     assert (elastic.worker_range, elastic.min_workers, elastic.max_workers, elastic.is_elastic) == ((1, 2), 1, 2, True)
-    assert (fixed.scaling, fixed.grow_pause_s) == (None, None)
+    assert (fixed.scaling, fixed.grow_pause_s) == ("graceful", None)
     assert (elastic.scaling, elastic.grow_pause_s) == ("graceful", 30.0)
     assert decode_settings(TrainSettings, as_json(elastic), where="task") == elastic
     with pytest.raises(ConfigError, match=r"num_workers .* must be at most 2, the micro-batches of a step"):
         decode(num_workers=[1, 3])
+
+
+@pytest.mark.parametrize("num_workers", [2, [1, 2]])
+def test_any_number_of_workers_may_be_left_to_ray_trains_own_policy(num_workers: Any) -> None:
+    stock = decode(num_workers=num_workers, scaling="stock")
+    assert (stock.scaling, stock.grow_pause_s) == ("stock", None)
+    assert digest_settings(stock) == digest_settings(decode())
+
+
+def test_a_fixed_number_of_groups_may_be_left_to_ray_train() -> None:
+    assert decode(num_workers=2, parallel={"expert": 2}, scaling="stock").scaling == "stock"
 
 
 def test_bad_steps_are_counted_where_they_are_not_fatal() -> None:

@@ -14,7 +14,15 @@ from ray_ds.on_ray.elastic import SETTLE_S, ElasticTorchTrainer
 from ray_ds.on_ray.trainer import TrainingStopped
 from ray_ds.train.host import Host
 from ray_ds.train.task import Stopped, TrainResult, TrainTask
-from tests.on_ray.elastic_runs import STEP_S, Run, bring_to, count_steps, drain_node, kill_node, worker_node_ids
+from tests.on_ray.elastic_runs import (
+    STEP_S,
+    Run,
+    bring_to,
+    count_steps,
+    drain_node,
+    kill_node,
+    worker_node_ids,
+)
 from tests.on_ray.two_nodes import start_cluster
 from tests.train.runs import make_settings, make_task
 
@@ -150,9 +158,10 @@ def test_stock_scaling_is_ray_trains_own(cluster: Cluster, tmp_path: Path) -> No
     assert type(trainer._make_trainer(stock, str(tmp_path), "name", None, None, print)) is TorchTrainer
     ours = make_task(tmp_path, make_settings(num_workers=[1, 2]))
     assert type(trainer._make_trainer(ours, str(tmp_path), "name", None, None, print)) is ElasticTorchTrainer
-    run = Run(tmp_path, scaling="stock", steps=5)
-    run.thread.join(200)
-    assert run.result is not None and run.steps == [1, 2, 3, 4, 5]
+    for num_workers in ([1, 2], 1):
+        run = Run(tmp_path / str(num_workers), num_workers=num_workers, scaling="stock", steps=5)
+        run.thread.join(200)
+        assert run.result is not None and run.steps == [1, 2, 3, 4, 5]
 
 
 @pytest.mark.shows("A job that waits for nodes ends when it is told to stop, by our own scaling and by Ray Train's")

@@ -20,7 +20,7 @@ from ray_ds.plan.devices import Fleet, find_kind
 from ray_ds.stage_run import StageRun
 from ray_ds.stages import train as stage
 from ray_ds.tokenizer import train_bpe
-from ray_ds.train.checkpoints import find_latest
+from ray_ds.train.checkpoints import find_latest, latest_step
 from tests.stages.small_artifacts import book_texts, stage_run
 from tests.train.runs import VOCAB_SIZE, curve, make_settings, make_task, read_records, train_in_processes, write_shards
 
@@ -156,6 +156,46 @@ def test_shards_with_a_flipped_bit(tmp_path: Path) -> None:
     shard.write_bytes(data)
     message = refused(ArtifactError, tmp_path)
     assert message.startswith(f"{shard} (sha256 ") and "as its manifest says" in message
+
+
+def run_and_kill(address: str, folder: Path, actor: str) -> int:
+    """Run the job, kill an actor of its after a checkpoint more than there is, and return the job's exit status."""
+    run = make_run(folder)
+    before = count_steps(run)
+    code = (
+        "import sys; from ray_ds.cli import _guard; from tests.stages.test_train import run_job; "
+        f"sys.exit(_guard(lambda: run_job({address!r}, {str(folder)!r}) or 0))"
+    )
+    job = subprocess.Popen([sys.executable, "-c", code])
+    while count_steps(run) < before + 5:
+        assert job.poll() is None, "the job ended before its next checkpoint"
+        time.sleep(0.02)
+    living = [one for one in ray._private.state.actors().values() if one["State"] == "ALIVE"]
+    (pid,) = [one["Pid"] for one in living if one["ActorClassName"] == actor]
+    os.kill(pid, signal.SIGKILL)
+    return job.wait()
+
+
+def count_steps(run: StageRun) -> int:
+    """Return the step of a run's newest checkpoint; 0 without one."""
+    return latest_step(run.work_path("checkpoints")) or 0
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.shows(
+    "A training job whose controller or notice board is killed exits with 75, and goes on when it is submitted again"
+)
+def test_job_that_loses_its_controller_is_retryable_and_goes_on(local_ray: str, tmp_path: Path) -> None:
+    assert [run_and_kill(local_ray, tmp_path, actor) for actor in ("SparedController", "Board")] == [75, 75]
+    run = make_run(tmp_path)
+    done = count_steps(run)
+    stage.train(make_settings(**SETTINGS), run)
+    records = read_records(make_task(tmp_path, make_settings(), run.uri))
+    assert [record["step"] for record in records] == list(range(1, 41)) and 10 <= done < 40
+    whole = make_task(tmp_path, make_settings(**SETTINGS), "whole")
+    train_in_processes(whole)
+    assert curve(read_records(whole)) == curve(records)
 
 
 @pytest.mark.ray
