@@ -97,19 +97,23 @@ class TrainSettings:
     """Shards whose rows are mixed: as many as a node should have at hand at a time."""
     shard_cache_bytes: Annotated[PositiveInt, OUTPUT_UNCHANGED] = 64 << 30
     """Bytes that shards from an object store may take on a node's disk, of all runs together; at least two windows."""
-    checkpoint_every: Annotated[PositiveInt, OutputUnchangedUnless("bad_loss", "roll_back")] = 500
-    """Steps between regular checkpoints of all state; more are written when the workers are told to stop. With
-    `bad_loss = "roll_back"` it says where a roll back goes to, so that another number makes another artefact."""
+    checkpoint_every: Annotated[
+        PositiveInt, OutputUnchangedUnless("bad_loss", "roll_back"), OutputUnchangedUnless("keep_best", True)
+    ] = 500
+    """Steps between regular checkpoints of all state; more are written when the workers are told to stop. It says where
+    a roll back goes to, and which models `keep_best` chooses from, so that another number makes another artefact then.
+    """
     keep_checkpoints: Annotated[PositiveInt, OUTPUT_UNCHANGED] = 2
     """Checkpoints kept; the older ones are deleted. Two survive one that is damaged."""
-    keep_best: Annotated[bool, OUTPUT_UNCHANGED] = False
-    """Whether the checkpoint with the lowest validation loss is kept too, beside the newest."""
+    keep_best: Annotated[bool, OutputUnchangedUnless("keep_best", True)] = False
+    """Whether the artefact is the model with the lowest validation loss, of those that regular checkpoints and the last
+    step have, and not the last step's; that checkpoint is kept beside the newest while training goes on."""
     snapshot_every: Annotated[NonNegativeInt | Literal["auto"], OUTPUT_UNCHANGED] = "auto"
     """Steps between snapshots in the memory of two nodes each; 0 = none; `auto` = as often as costs at most 2 % of the
     time, and every 30 s if that costs more."""
     validate_every: Annotated[NonNegativeInt, OUTPUT_UNCHANGED] = 0
     """Steps between looks at the validation loss; 0 = never."""
-    validation_tokens: Annotated[PositiveInt | None, OUTPUT_UNCHANGED] = None
+    validation_tokens: Annotated[PositiveInt | None, OutputUnchangedUnless("keep_best", True)] = None
     """Tokens of the validation split that such a look reads, rounded up to the workers' micro-batches; absent = 65536.
     """
     log_every: Annotated[PositiveInt, OUTPUT_UNCHANGED] = 10

@@ -25,7 +25,7 @@ from ray.train.v2._internal.execution.scaling_policy.elastic import ElasticScali
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ray_ds.on_ray.board import Look
-from ray_ds.on_ray.failures import BoundedFailurePolicy, has_not_started
+from ray_ds.on_ray.failures import BoundedFailurePolicy, is_lost_group
 from ray_ds.on_ray.nodes import answering, draining_nodes, usable_nodes
 from ray_ds.on_ray.outcome import LostTooOften, StoppedWithoutWorkers, headline
 from ray_ds.on_ray.sizing import Node, Offer, Sizes, joining, room
@@ -86,7 +86,7 @@ class ElasticTorchTrainer(TorchTrainer):  # type: ignore[misc, unused-ignore]
         controller = actor.remote(**options, modules=self._plan.spare_modules)
         ray.get(controller.run.remote())
         result = ray.get(controller.get_result.remote())
-        if has_not_started(result.error):
+        if is_lost_group(result.error):
             raise LostTooOften(result.error)
         return result
 

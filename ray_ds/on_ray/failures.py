@@ -7,7 +7,11 @@ import ray
 from pydantic import JsonValue
 from ray.exceptions import RayError
 from ray.train import ControllerError, FailureConfig, WorkerGroupError
-from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError
+from ray.train.v2._internal.exceptions import (
+    WorkerGroupStartupFailedError,
+    WorkerGroupStartupTimeoutError,
+    WorkerHealthCheckTimeoutError,
+)
 from ray.train.v2._internal.execution.failure_handling import FailureDecision
 from ray.train.v2._internal.execution.failure_handling.default import DefaultFailurePolicy
 
@@ -58,6 +62,8 @@ def what_failed(error: Any) -> dict[str, JsonValue]:
     return {"group": headline(error)}
 
 
-def has_not_started(error: Exception | None) -> bool:
-    """Tell whether a run ended because its last group of workers did not start."""
+def is_lost_group(error: Exception | None) -> bool:
+    """Tell whether a run ended because its last group did not start or fell silent, by Ray's private errors."""
+    if isinstance(error, WorkerGroupError):
+        return any(isinstance(failure, WorkerHealthCheckTimeoutError) for failure in error.worker_failures.values())
     return isinstance(error, ControllerError) and isinstance(error.controller_failure, NOT_STARTED)

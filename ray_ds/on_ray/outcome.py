@@ -60,7 +60,7 @@ def losses_are_retryable() -> Iterator[None]:
     try:
         yield
     except RayError as error:
-        if isinstance(error, RayTaskError) and not isinstance(error.cause, RayError):
+        if not is_loss(error):
             raise
         raise RetryableError(f"a part of the run was lost ({headline(error)}); submit it again to go on") from error
 
@@ -93,13 +93,8 @@ def read_outcome(outcome: "Future[Result]") -> TrainResult:
     return TrainResult(**value)
 
 
-def raised_by_worker(failure: BaseException) -> BaseException | None:
-    """Return what a worker's own code raised, which Ray Train wraps; None where Ray Train itself gave the worker up."""
-    raised: BaseException | None = getattr(failure, "_base_exc", None)
-    return raised
-
-
 def is_loss(failure: BaseException) -> bool:
-    """Tell whether a worker failed because something was lost: Ray Train found it dead or silent, or it met a loss."""
-    raised = raised_by_worker(failure)
-    return raised is None or isinstance(raised, LOST)
+    """Tell whether a worker failed because something was lost: itself, a process it spoke to, or the network."""
+    # Ray Train wraps what it met when it asked a worker how it is, and Ray what a task raised.
+    met = getattr(failure, "health_check_failure", failure)
+    return isinstance(met.cause if isinstance(met, RayTaskError) else met, LOST)

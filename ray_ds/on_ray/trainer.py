@@ -20,7 +20,7 @@ from ray_ds.on_ray.board import Event, News, open_board
 from ray_ds.on_ray.hang_watch import HangWatch
 from ray_ds.on_ray.host import RayHost
 from ray_ds.on_ray.keepers import KeeperFleet
-from ray_ds.on_ray.outcome import LASTING, TrainingStopped, losses_are_retryable, raised_by_worker, read_outcome
+from ray_ds.on_ray.outcome import LASTING, TrainingStopped, losses_are_retryable, read_outcome
 from ray_ds.on_ray.sizing import Sizes
 from ray_ds.train.host import Host, Request
 from ray_ds.train.task import Stopped, TrainResult, TrainTask
@@ -216,9 +216,9 @@ class _EndAtOnce(UserCallback):  # type: ignore[misc, unused-ignore]
     def after_exception(self, run_context: Any, worker_exceptions: Mapping[int, BaseException]) -> None:
         """Raise the lasting error of a worker, if there is one."""
         for failure in worker_exceptions.values():
-            raised = raised_by_worker(failure)
-            if isinstance(raised, LASTING):
-                raise raised
+            cause = getattr(failure, "_base_exc", failure)  # Ray wraps what a worker raised
+            if isinstance(cause, LASTING):
+                raise cause
 
 
 def _fit(trainer: TorchTrainer, outcome: "Future[ray.train.Result]") -> None:

@@ -99,6 +99,19 @@ def test_where_a_roll_back_goes_to_is_in_the_digest() -> None:
         assert "checkpoint_every" not in digest_settings(often)  # type: ignore[operator]
 
 
+@pytest.mark.shows("With `keep_best` a model's digest covers what it is chosen from and by; without, it does not")
+def test_what_the_best_model_depends_on_is_in_the_digest() -> None:
+    changes: list[dict[str, Any]] = [{"checkpoint_every": 200}, {"validation_tokens": 1000}]
+    best = {"keep_best": True, "validate_every": 100, "checkpoint_every": 100}
+    assert digest_settings(decode(**best)) != digest_settings(decode())
+    for change in changes:
+        assert digest_settings(decode(**{**best, **change})) != digest_settings(decode(**best))
+        assert digest_settings(decode(validate_every=100, **change)) == digest_settings(decode())
+    assert digest_settings(decode(**{**best, "keep_checkpoints": 5, "validate_every": 50})) == digest_settings(
+        decode(**best)
+    )
+
+
 def test_extra_losses_have_the_weights_that_deepseek_gives_them() -> None:
     v3, dense = decode(model={"preset": "tiny", "num_nextn_predict_layers": 1}), decode(model={"preset": "demo_dense"})
     assert (v3.balance_weight, v3.prediction_weight, v3.router_bias_speed) == (1e-4, 0.3, 1e-3)

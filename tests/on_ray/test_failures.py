@@ -13,6 +13,7 @@ from ray.train.v2._internal.exceptions import (
     WorkerGroupStartupFailedError,
     WorkerGroupStartupTimeoutError,
     WorkerHealthCheckFailedError,
+    WorkerHealthCheckTimeoutError,
 )
 from ray.train.v2._internal.execution.failure_handling import FailureDecision
 from ray.train.v2._internal.execution.failure_handling.default import RETRYABLE_CONTROLLER_ERRORS
@@ -21,7 +22,7 @@ from ray.train.v2.api.preemption import PreemptionInfo
 
 from ray_ds.on_ray import failures
 from ray_ds.on_ray.board import Board
-from ray_ds.on_ray.failures import NOT_STARTED, BoundedFailurePolicy
+from ray_ds.on_ray.failures import NOT_STARTED, BoundedFailurePolicy, is_lost_group
 
 MAX_FAILURES = 2
 
@@ -36,6 +37,7 @@ def preempted_worker() -> WorkerGroupError:
 
 LOSSES = {
     "died": WorkerGroupError("a worker died", {0: WorkerHealthCheckFailedError("no answer", NodeDiedError("gone"))}),
+    "silent": WorkerGroupError("a worker is silent", {0: WorkerHealthCheckTimeoutError("no answer for long")}),
     "preempted": preempted_worker(),
     "preemption seen in time": PreemptionError(PreemptionInfo(None, {"node": [0]})),
     "start failed": ControllerError(WorkerGroupStartupFailedError("a worker died while it started")),
@@ -86,6 +88,14 @@ def test_a_loss_that_the_board_does_not_hear_of_is_retried(monkeypatch: pytest.M
 
     monkeypatch.setattr(failures.ray, "get", silent)
     assert make_policy(board).make_decision(LOSSES["died"]) is FailureDecision.RETRY
+
+
+@pytest.mark.parametrize("loss", ["start failed", "start timed out", "silent"])
+def test_a_group_that_did_not_start_or_fell_silent_is_lost(loss: str) -> None:
+    assert is_lost_group(LOSSES[loss])
+    assert not is_lost_group(WorkerGroupError("a worker failed", {0: ValueError("wrong")}))
+    assert not is_lost_group(ControllerError(ValueError("wrong")))
+    assert not is_lost_group(None)
 
 
 def test_all_that_ray_train_tries_again_at_a_start_is_known() -> None:

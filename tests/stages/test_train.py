@@ -86,7 +86,7 @@ def check_artifact(artifact: Any, run: StageRun) -> None:
         "model/tokenizer.json",
     } <= names
     facts = dict(artifact.manifest.facts)
-    assert facts["step"] == 40 and facts["tokens"] == 40 * 256 and facts["world_size"] == 2
+    assert facts["step"] == facts["model_step"] == 40 and facts["tokens"] == 40 * 256 and facts["world_size"] == 2
     assert (facts["tokenizer_digest"], facts["zero_stage"], facts["precision"]) == ("abc", 1, "fp32")
     assert 0 < facts["train_loss"] < 6 and facts["tokens_per_s"] > 0 and facts["parameters"] > 10_000
     assert not Path(run.work_path()).exists()
