@@ -21,12 +21,27 @@ from ray_ds.stage_run import StageRun
 from ray_ds.stages import train as stage
 from ray_ds.tokenizer import train_bpe
 from ray_ds.train.checkpoints import find_latest, latest_step
+from ray_ds.train.task import TrainResult, TrainTask
 from tests.stages.small_artifacts import book_texts, stage_run
 from tests.train.runs import VOCAB_SIZE, curve, make_settings, make_task, read_records, train_in_processes, write_shards
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
 SETTINGS: dict[str, Any] = {"steps": 40, "checkpoint_every": 5, "zero_stage": 1}
+
+
+DONE = TrainResult(
+    step=8,
+    model_step=8,
+    tokens=2048,
+    train_loss=1.0,
+    validation_loss=None,
+    tokens_per_s=100.0,
+    mfu=None,
+    goodput=1.0,
+    lost_s=0.0,
+    restarts=0,
+)
 
 
 def make_shards(folder: Path) -> TokenShards:
@@ -89,7 +104,27 @@ def check_artifact(artifact: Any, run: StageRun) -> None:
     assert facts["step"] == facts["model_step"] == 40 and facts["tokens"] == 40 * 256 and facts["world_size"] == 2
     assert (facts["tokenizer_digest"], facts["zero_stage"], facts["precision"]) == ("abc", 1, "fp32")
     assert 0 < facts["train_loss"] < 6 and facts["tokens_per_s"] > 0 and facts["parameters"] > 10_000
-    assert not Path(run.work_path()).exists()
+    assert not list(Path(run.work_path()).iterdir())
+
+
+@pytest.mark.ray
+@pytest.mark.shows("Stack traces of workers that hung, which the log names, are there after training is finished")
+def test_what_is_still_needed_of_a_finished_run_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run(tmp_path)
+    needed = {"hangs/20261124T120000Z-rank-1.txt", "lease.json"}
+
+    def train_on_ray(task: TrainTask, *, work: str, **_: Any) -> TrainResult:
+        done = {"checkpoints/step-00000005/COMMITTED.json", "ray_train/attempt/state.json", "metrics.jsonl"}
+        for path in (Path(work) / name for name in needed | done):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+        return DONE
+
+    monkeypatch.setattr(stage, "train_on_ray", train_on_ray)
+    artifact = stage.train(make_settings(), run)
+    work = Path(run.work_path())
+    assert {str(path.relative_to(work)) for path in work.rglob("*") if path.is_file()} == needed
+    assert not artifact.manifest.files and artifact.fact("model_step") == 8
 
 
 def refused(kind: type[UserError], folder: Path, **changes: Any) -> str:
