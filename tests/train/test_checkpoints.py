@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from ray_ds import storage
 from ray_ds.errors import ArtifactError, StorageUnavailable
 from ray_ds.train import checkpoints
-from ray_ds.train.checkpoints import writing
+from ray_ds.train.checkpoints import folders, writing
 from tests.train.object_store import use_object_store
 from tests.train.states import assert_readable, make_parts, make_writers, metrics_of, start, write
 
@@ -60,6 +60,14 @@ def test_the_best_stays_beside_the_newest(tmp_path: Path) -> None:
     assert folder_names(tmp_path) == ["step-00000020", "step-00000050"]
     write(writers, 60, loss=1.0)
     assert folder_names(tmp_path) == ["step-00000060"]
+
+
+def test_the_best_that_stays_is_a_regular_checkpoint(tmp_path: Path) -> None:
+    writers = make_writers(tmp_path, 1, keep=10)
+    for step, loss in [(10, 2.0), (15, 1.0), (20, 3.0), (30, 4.0), (35, 5.0)]:
+        write(writers, step, loss=loss)
+    folders.delete_old(str(tmp_path), keep=1, keep_best=True, every=10)
+    assert folder_names(tmp_path) == ["step-00000010", "step-00000030", "step-00000035"]
 
 
 @pytest.mark.parametrize(("last", "best"), [(50, 40), (45, 45)])
@@ -359,7 +367,7 @@ def test_a_part_packed_anew_too_early_never_counts(tmp_path: Path, monkeypatch: 
 def test_a_process_ends_while_storage_hangs(tmp_path: Path) -> None:
     program = (
         "import sys, time\n"
-        "from ray_ds.train.checkpoints import writing\n"
+        "from ray_ds.train.checkpoints import folders, writing\n"
         "from tests.train.states import make_writers, start\n"
         "writing.write_tensors = lambda *arguments: time.sleep(600)\n"
         "writers = make_writers(sys.argv[1], 1)\n"

@@ -200,10 +200,10 @@ def delete_old(root: str, *, keep: int, keep_best: bool, every: int = 1) -> None
     """
     steps = committed_steps(root)
     kept = {*steps[-keep:], *[step for step in steps if step % every == 0][-1:]}
-    if keep_best and len(steps) > keep:
-        kept |= {_best_step(root, [step for step in steps if step % every == 0])}
+    is_chosen = keep_best and len(steps) > keep
+    best = _best_step(root, [step for step in steps if step % every == 0]) if is_chosen else None
     for step in steps:
-        if step not in kept:
+        if step not in kept and step != best:
             delete(root, step)
 
 
