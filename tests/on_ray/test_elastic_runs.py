@@ -17,15 +17,7 @@ from ray_ds.on_ray.outcome import LostTooOften
 from ray_ds.on_ray.trainer import TrainingStopped
 from ray_ds.train.host import Host
 from ray_ds.train.task import Stopped, TrainResult, TrainTask
-from tests.on_ray.elastic_runs import (
-    STEP_S,
-    Run,
-    bring_to,
-    count_steps,
-    drain_node,
-    kill_node,
-    worker_node_ids,
-)
+from tests.on_ray.elastic_runs import STEP_S, Run, bring_to, count_steps, drain_node, kill_node, worker_node_ids
 from tests.on_ray.two_nodes import start_cluster
 from tests.train.runs import make_settings, make_task
 
