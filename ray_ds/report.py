@@ -145,7 +145,9 @@ def _facts(artifact: Artifact) -> dict[str, JsonValue]:
         case TokenShards():
             return {"tokens": facts["tokens"]}
         case Checkpoint():
-            return {name: facts[key] for name, key in _CHECKPOINT_FACTS.items() if key in facts}
+            is_best = facts.get("model_step", facts.get("step")) != facts.get("step")
+            shown = {name: facts[key] for name, key in _CHECKPOINT_FACTS.items() if key in facts}
+            return shown | ({"best_step": facts["model_step"]} if is_best else {})
         case TeacherLogits():
             return {"teacher_logits_bytes": facts["bytes"]}
         case EvalReport() if facts["model_kind"] == Checkpoint.kind:

@@ -26,8 +26,10 @@ RECONNECT_S = 2.0
 PATIENCE_S = 180.0
 """Time in which a head that was lost may be started again."""
 END_WAIT_S = 10.0
-STOP_GRACE_S = 60
-"""Time that a job has after `ray job stop`; the cluster files set the same for jobs that others submit."""
+STOP_WAIT = "RAY_JOB_STOP_WAIT_TIME_S"
+STOP_WAIT_S = "60"
+"""Time that a job has after `ray job stop`, if the environment that it is submitted from does not name another; the
+cluster files set the same for jobs that others submit. Ray's own 3 s are too short for a checkpoint."""
 IN_BAR = {
     "loss": "loss {:.4g}",
     "validation_loss": "validation {:.4g}",
@@ -115,7 +117,7 @@ def submit_step(client: Any, step: Step, request: JobRequest) -> str:
         entrypoint=" ".join(_quote(part) for part in quoted),
         submission_id=submission_id,
         # `ray job stop` waits as long before it kills; training writes a checkpoint meanwhile.
-        runtime_env={"working_dir": str(here), "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_GRACE_S)}},
+        runtime_env={"working_dir": str(here), "env_vars": {STOP_WAIT: os.environ.get(STOP_WAIT, STOP_WAIT_S)}},
         metadata={"step": step.name, "stage": step.stage.name},
     )
     return job_id

@@ -1,10 +1,12 @@
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from ray_ds.artifacts import Artifact, Corpus, SourceFile
+from ray_ds import report
+from ray_ds.artifacts import Artifact, Checkpoint, Corpus, SourceFile
 from ray_ds.errors import ArtifactError
 from ray_ds.recipe import load_recipe
 from ray_ds.report import settings_lines, status_lines, summary_lines, trace_lines
@@ -96,6 +98,14 @@ def test_a_descendant_of_an_artefact_made_anew_to_the_same_bytes_stays_finished(
     finish(recipe_path, "clean")
     recipe = load_recipe(str(recipe_path))
     assert find_finished(recipe, recipe.step("tokenizer")) is not None
+
+
+@pytest.mark.parametrize(("model_step", "named"), [(40, {}), (30, {"best_step": 30})])
+def test_the_summary_names_the_step_of_a_model_that_is_not_the_last(
+    recipe_path: Path, model_step: int, named: dict[str, int]
+) -> None:
+    manifest = replace(finish(recipe_path, "clean").manifest, facts={"step": 40, "model_step": model_step})
+    assert report._facts(Checkpoint(uri="runs/train/0", manifest=manifest)) == {"steps": 40, **named}
 
 
 def test_the_summary_is_a_table(recipe_path: Path) -> None:

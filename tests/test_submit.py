@@ -37,7 +37,19 @@ def test_the_job_is_the_stages_module_with_absolute_paths(monkeypatch: pytest.Mo
     words = shlex.split(str(client.job["entrypoint"]))
     assert words[:3] == ["python", "-m", "jobs.clean_text"]
     assert words[3:] == ["--recipe", "jobs/recipes/demo.toml", "--root", "/data", "--step", "clean", override]
-    grace = {"RAY_JOB_STOP_WAIT_TIME_S": "60"}
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, "60"), ("600", "600")])
+def test_a_job_has_a_minute_to_stop_or_what_the_environment_says(
+    monkeypatch: pytest.MonkeyPatch, given: str | None, expected: str
+) -> None:
+    monkeypatch.chdir(PROJECT)
+    monkeypatch.delenv("RAY_JOB_STOP_WAIT_TIME_S", raising=False)
+    if given is not None:
+        monkeypatch.setenv("RAY_JOB_STOP_WAIT_TIME_S", given)
+    client = FakeClient()
+    submit_step(client, load_recipe("jobs/recipes/demo.toml", root="/data").step("clean"), request())
+    grace = {"RAY_JOB_STOP_WAIT_TIME_S": expected}
     assert client.job["runtime_env"] == {"working_dir": str(PROJECT), "env_vars": grace}
 
 

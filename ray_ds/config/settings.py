@@ -27,7 +27,10 @@ OUTPUT_UNCHANGED = _OutputUnchanged()
 
 @dataclasses.dataclass(frozen=True)
 class OutputUnchangedUnless:
-    """Marks a field that can change what a stage writes only where another one of its class has a certain value."""
+    """Marks a field that can change what a stage writes only where another one of its class has a certain value.
+
+    Of several such marks on a field, one that applies is enough.
+    """
 
     field: str
     value: JsonValue
@@ -133,7 +136,7 @@ def digest_settings(value: Any) -> JsonValue:
         return {
             field.name: digest_settings(getattr(value, field.name))
             for field in dataclasses.fields(value)
-            if not any(_leaves_out(mark, value) for mark in getattr(hints[field.name], "__metadata__", ()))
+            if not _is_left_out(getattr(hints[field.name], "__metadata__", ()), value)
         }
     if isinstance(value, (list, tuple)):
         return [digest_settings(item) for item in value]
@@ -144,11 +147,12 @@ def digest_settings(value: Any) -> JsonValue:
     raise TypeError(f"settings hold {type(value).__name__}, which has no digest")
 
 
-def _leaves_out(mark: object, owner: Any) -> bool:
-    """Tell whether a field's mark says that it cannot change the output of a stage with these settings."""
-    if isinstance(mark, OutputUnchangedUnless):
-        return bool(getattr(owner, mark.field) != mark.value)
-    return mark is OUTPUT_UNCHANGED
+def _is_left_out(marks: Sequence[object], owner: Any) -> bool:
+    """Tell whether a field's marks say that it cannot change the output of a stage with these settings."""
+    conditions = [mark for mark in marks if isinstance(mark, OutputUnchangedUnless)]
+    if conditions:
+        return all(getattr(owner, condition.field) != condition.value for condition in conditions)
+    return OUTPUT_UNCHANGED in marks
 
 
 def fill_or_refuse(value: object, name: str, default: Any, *, unused: str | None) -> None:

@@ -97,19 +97,23 @@ class TrainSettings:
     """Shards whose rows are mixed: as many as a node should have at hand at a time."""
     shard_cache_bytes: Annotated[PositiveInt, OUTPUT_UNCHANGED] = 64 << 30
     """Bytes that shards from an object store may take on a node's disk, of all runs together; at least two windows."""
-    checkpoint_every: Annotated[PositiveInt, OutputUnchangedUnless("bad_loss", "roll_back")] = 500
-    """Steps between regular checkpoints of all state; more are written when the workers are told to stop. With
-    `bad_loss = "roll_back"` it says where a roll back goes to, so that another number makes another artefact."""
+    checkpoint_every: Annotated[
+        PositiveInt, OutputUnchangedUnless("bad_loss", "roll_back"), OutputUnchangedUnless("keep_best", True)
+    ] = 500
+    """Steps between regular checkpoints of all state; more are written when the workers are told to stop. It says where
+    a roll back goes to, and which models `keep_best` chooses from, so that another number makes another artefact then.
+    """
     keep_checkpoints: Annotated[PositiveInt, OUTPUT_UNCHANGED] = 2
     """Checkpoints kept; the older ones are deleted. Two survive one that is damaged."""
-    keep_best: Annotated[bool, OUTPUT_UNCHANGED] = False
-    """Whether the checkpoint with the lowest validation loss is kept too, beside the newest."""
+    keep_best: Annotated[bool, OutputUnchangedUnless("keep_best", True)] = False
+    """Whether the artefact is the model with the lowest validation loss, of those that regular checkpoints and the last
+    step have, and not the last step's; that checkpoint is kept beside the newest while training goes on."""
     snapshot_every: Annotated[NonNegativeInt | Literal["auto"], OUTPUT_UNCHANGED] = "auto"
     """Steps between snapshots in the memory of two nodes each; 0 = none; `auto` = as often as costs at most 2 % of the
     time, and every 30 s if that costs more."""
     validate_every: Annotated[NonNegativeInt, OUTPUT_UNCHANGED] = 0
     """Steps between looks at the validation loss; 0 = never."""
-    validation_tokens: Annotated[PositiveInt | None, OUTPUT_UNCHANGED] = None
+    validation_tokens: Annotated[PositiveInt | None, OutputUnchangedUnless("keep_best", True)] = None
     """Tokens of the validation split that such a look reads, rounded up to the workers' micro-batches; absent = 65536.
     """
     log_every: Annotated[PositiveInt, OUTPUT_UNCHANGED] = 10
@@ -126,21 +130,26 @@ class TrainSettings:
     num_workers: Annotated[int | tuple[int, int], OUTPUT_UNCHANGED] = 1
     """Processes, a number or `[min, max]` for as many as the cluster holds at the time; on cuda each has one GPU."""
     allowed_workers: Annotated[tuple[PositiveInt, ...] | None, OUTPUT_UNCHANGED] = None
-    """Numbers of processes that may train, within `[min, max]`; absent = all of them."""
-    scaling: Annotated[Literal["graceful", "stock"] | None, OUTPUT_UNCHANGED] = None
-    """Who decides on growing and shrinking, for `[min, max]` only: `graceful` checkpoints first and avoids dead and
-    draining nodes; `stock` is Ray Train's own policy. Absent = graceful."""
+    """Numbers of processes that may train, within `[min, max]` and with graceful scaling; absent = all of them."""
+    scaling: Annotated[Literal["graceful", "stock"], OUTPUT_UNCHANGED] = "graceful"
+    """Who decides where workers start, when their number changes and how often lost ones are replaced: `graceful`
+    makes the state safe first and avoids dead and draining nodes; `stock` is Ray Train's own policy, for a version of
+    Ray that `graceful` does not know yet."""
     grow_pause_s: Annotated[NonNegativeFloat | None, OUTPUT_UNCHANGED] = None
-    """Least time between a (re)start and the next growth, for `[min, max]` only, so that nodes that come and go do not
-    make training restart all the time; absent = 30."""
+    """Least time between a (re)start and the next growth, for `[min, max]` and graceful scaling only, so that nodes
+    that come and go do not make training restart all the time; absent = 30."""
     cpus_per_worker: Annotated[PositiveFloat, OUTPUT_UNCHANGED] = 1.0
     """CPUs that Ray reserves for a worker."""
     threads_per_worker: Annotated[PositiveInt, OUTPUT_UNCHANGED] = 1
     """Threads a worker computes with on the CPU."""
     max_failures: Annotated[NonNegativeInt, OUTPUT_UNCHANGED] = 3
-    """Times that lost workers are replaced without a step done in between, before the job fails."""
+    """Times that lost workers are replaced without a step done in between, before the job fails: it makes no difference
+    whether they failed, did not start or a cloud took their node back. With stock scaling workers that failed count
+    over the whole job, and the others not at all."""
     hang_timeout_s: Annotated[PositiveFloat, OUTPUT_UNCHANGED] = 600.0
-    """Time without progress after which a worker counts as hung: its stack traces are kept and the workers replaced."""
+    """Time within a step without progress after which a worker counts as hung: all stack traces are kept and the
+    workers replaced. Half an hour, if that is more, in all else that may take long: the start and the first step after
+    each, which may compile; validation; keeping the state; writing the model."""
     profile_steps: Annotated[tuple[PositiveInt, PositiveInt] | None, OUTPUT_UNCHANGED] = None
     """First and last step of which torch's profiler writes a trace, `profile/` in the artefact; absent = none."""
     trackers: Annotated[tuple[Literal["tensorboard", "wandb", "mlflow"], ...], OUTPUT_UNCHANGED] = ()
@@ -152,12 +161,16 @@ class TrainSettings:
             self._fill_for_model(self.model.resolve(vocab_size=1, max_position_embeddings=1))
         unused = None if self.validate_every else "has no effect while validate_every is 0"
         fill_or_refuse(self, "validation_tokens", VALIDATION_TOKENS, unused=unused)
-        elastic = None if self.is_elastic else "has no effect with a fixed number of workers"
-        fill_or_refuse(self, "scaling", "graceful", unused=elastic)
-        fill_or_refuse(self, "grow_pause_s", GROW_PAUSE_S, unused=elastic)
+        fill_or_refuse(self, "grow_pause_s", GROW_PAUSE_S, unused=self._why_it_never_grows())
         unused = "has no effect where bad_loss is fail" if self.bad_loss == "fail" else None
         fill_or_refuse(self, "max_bad_steps", MAX_BAD_STEPS, unused=unused)
         check_together(self)
+
+    def _why_it_never_grows(self) -> str | None:
+        """Return why what concerns growing has no effect; None where it has one."""
+        if not self.is_elastic:
+            return "has no effect with a fixed number of workers"
+        return "has no effect with stock scaling, which grows as Ray Train does" if self.scaling == "stock" else None
 
     def _fill_for_model(self, config: ModelConfig) -> None:
         """Give what concerns experts and multi-token prediction its default, or refuse it where it has no effect."""

@@ -17,8 +17,7 @@ def check_together(settings: "TrainSettings") -> None:
     Raises:
         ConfigError: two of them do not.
     """
-    if settings.keep_best and not settings.validate_every:
-        raise ConfigError("keep_best", True, "has no effect while validate_every is 0", "remove it, or validate")
+    _check_best(settings)
     _check_workers(settings)
     _check_length(settings)
     _check_profile(settings)
@@ -54,6 +53,21 @@ def check_parallel(settings: "TrainSettings", config: ModelConfig) -> None:
     check_sizes(settings.parallel, config, settings.seq_len)
 
 
+def _check_best(settings: "TrainSettings") -> None:
+    """Want a validation loss of every regular checkpoint, where the best of them is looked for."""
+    if not settings.keep_best:
+        return
+    if not settings.validate_every:
+        raise ConfigError("keep_best", True, "has no effect while validate_every is 0", "remove it, or validate")
+    if settings.checkpoint_every % settings.validate_every:
+        allowed = (
+            f"must be a multiple of validate_every ({settings.validate_every}) with keep_best, or checkpoints have "
+        )
+        allowed += "no validation loss to compare"
+        action = f"try {_round_up(settings.checkpoint_every, settings.validate_every)}"
+        raise ConfigError("checkpoint_every", settings.checkpoint_every, allowed, action)
+
+
 def _check_workers(settings: "TrainSettings") -> None:
     """Want a range of workers that is one, and sizes that lie in it."""
     given = list(settings.worker_range) if settings.is_elastic else settings.num_workers
@@ -70,6 +84,9 @@ def _check_workers(settings: "TrainSettings") -> None:
     if not settings.is_elastic:
         value = list(settings.allowed_workers)
         raise ConfigError("allowed_workers", value, "has no effect with a fixed number of workers", "remove it")
+    if settings.scaling == "stock":
+        allowed = "has no effect with stock scaling: Ray Train takes any number within num_workers"
+        raise ConfigError("allowed_workers", list(settings.allowed_workers), allowed, "remove one of them")
     if any(not settings.min_workers <= size <= settings.max_workers for size in settings.allowed_workers):
         allowed = f"must lie within num_workers, {settings.min_workers} to {settings.max_workers}"
         raise ConfigError("allowed_workers", list(settings.allowed_workers), allowed, "correct one of them")
@@ -83,7 +100,7 @@ def _check_groups(settings: "TrainSettings") -> None:
             value = getattr(settings, name)
             allowed = f"must be whole groups of {size}, the product of parallel"
             raise ConfigError(name, list(value) if isinstance(value, tuple) else value, allowed, "correct it")
-    if size > 1 and settings.scaling == "stock":
+    if size > 1 and settings.is_elastic and settings.scaling == "stock":
         allowed = "must be graceful in groups: Ray Train's own policy knows no whole groups"
         raise ConfigError("scaling", "stock", allowed, "remove it")
 

@@ -1,9 +1,9 @@
-"""Elastic training on Ray Train's hooks: how many workers, when they change, and what a lost one costs.
+"""Elastic training on Ray Train's hooks: how many workers, and when they change.
 
-What leans on private parts of Ray (2.60) is here, in `spares.py` and in `nodes.py`; `tests/on_ray/test_elastic.py` has
-the contract. The setting `scaling = "stock"` goes without. What Ray Train's own policy does not do: it restarts workers
-without a word, so that the work since the last checkpoint is lost; it counts nodes that drain or just died; it looks
-for new nodes every 20 s and waits a minute for a dead one.
+What leans on private parts of Ray (2.60) is here, in `failures.py`, `spares.py` and `nodes.py`; the contract is in
+`tests/on_ray/test_elastic.py`. The setting `scaling = "stock"` goes without. What Ray Train's own policy does not do:
+it restarts workers without a word, so that the work since the last checkpoint is lost; it counts nodes that drain or
+just died; it looks for new nodes every 20 s and waits a minute for a dead one.
 """
 
 import logging
@@ -16,21 +16,18 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayError
-from ray.train import FailureConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.torch.config import _TorchBackend
 from ray.train.v2._internal.constants import get_env_vars_to_propagate
-from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError
 from ray.train.v2._internal.execution.callback import WorkerGroupCallback
-from ray.train.v2._internal.execution.failure_handling import FailureDecision
-from ray.train.v2._internal.execution.failure_handling.default import DefaultFailurePolicy, _is_preemption_failure
 from ray.train.v2._internal.execution.scaling_policy import NoopDecision
 from ray.train.v2._internal.execution.scaling_policy.elastic import ElasticScalingPolicy
-from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ray_ds.on_ray.board import Look
+from ray_ds.on_ray.failures import BoundedFailurePolicy, is_lost_group
 from ray_ds.on_ray.nodes import answering, draining_nodes, usable_nodes
+from ray_ds.on_ray.outcome import LostTooOften, StoppedWithoutWorkers, headline
 from ray_ds.on_ray.sizing import Node, Offer, Sizes, joining, room
 from ray_ds.on_ray.spares import SparedController, Spares
 from ray_ds.train.host import Request
@@ -81,14 +78,17 @@ class ElasticTorchTrainer(TorchTrainer):  # type: ignore[misc, unused-ignore]
 
     def _initialize_and_run_controller(self, **options: Any) -> Any:
         options["scaling_policy"] = GracefulElasticPolicy(self.scaling_config, self._plan, self._board)
-        options["failure_policy"] = BoundedFailurePolicy(self._plan, self._board)
+        options["failure_policy"] = BoundedFailurePolicy(self._plan.max_failures, self._board)
         options["callbacks"] = [*options["callbacks"], _EndUnfinishedAtOnce()]
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         env = {**CONTROLLER_ENV, **get_env_vars_to_propagate()}
         actor = ray.remote(num_cpus=0, runtime_env={"env_vars": env}, scheduling_strategy=here)(SparedController)
         controller = actor.remote(**options, modules=self._plan.spare_modules)
         ray.get(controller.run.remote())
-        return ray.get(controller.get_result.remote())
+        result = ray.get(controller.get_result.remote())
+        if is_lost_group(result.error):
+            raise LostTooOften(result.error)
+        return result
 
 
 class GracefulElasticPolicy(ElasticScalingPolicy):  # type: ignore[misc, unused-ignore]
@@ -136,7 +136,7 @@ class GracefulElasticPolicy(ElasticScalingPolicy):  # type: ignore[misc, unused-
 
     def _decide_later(self, error: RayError) -> Any:
         """Leave all as it is while Ray's head or the board does not answer; Ray Train would end the run."""
-        logger.warning("no scaling decision: %s", _headline(error))
+        logger.warning("no scaling decision: %s", headline(error))
         return NoopDecision()
 
     def _decide_to_start(self) -> Any:
@@ -227,45 +227,6 @@ class GracefulElasticPolicy(ElasticScalingPolicy):  # type: ignore[misc, unused-
 
     def _call(self, answer: Any) -> Any:
         return ray.get(answer, timeout=CALL_TIMEOUT_S)
-
-
-class StoppedWithoutWorkers(Exception):
-    """The run was told to stop while no workers ran; Ray Train tries nothing again after it."""
-
-
-class BoundedFailurePolicy(DefaultFailurePolicy):  # type: ignore[misc, unused-ignore]
-    """Replaces lost workers at most `max_failures` times without a step further in between."""
-
-    def __init__(self, plan: Plan, board: Any) -> None:
-        super().__init__(FailureConfig(max_failures=-1))
-        self._plan = plan
-        self._board = board
-
-    def make_decision(self, training_failed_error: Any) -> FailureDecision:
-        """Note what was lost on the board, which counts."""
-        decision = super().make_decision(training_failed_error)
-        if decision is not FailureDecision.RETRY:
-            return decision
-        cause = getattr(training_failed_error, "controller_failure", None)
-        if isinstance(training_failed_error, WorkerGroupError):
-            lost = {str(rank): _headline(error) for rank, error in training_failed_error.worker_failures.items()}
-        elif isinstance(training_failed_error, ControllerError) and isinstance(cause, WorkerGroupStartupFailedError):
-            lost = {"start": _headline(cause)}
-        else:
-            return decision
-        try:
-            in_a_row = ray.get(self._board.fail.remote({"errors": lost}), timeout=CALL_TIMEOUT_S)
-        except RayError as error:
-            logger.warning("a loss of workers is not counted: %s", _headline(error))
-            return decision
-        is_over = in_a_row > self._plan.max_failures and not _is_preemption_failure(training_failed_error)
-        return FailureDecision.RAISE if is_over else decision
-
-
-def _headline(error: BaseException) -> str:
-    """Return an error in one line."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[-1] if lines else ''}"[:300]
 
 
 class _EndUnfinishedAtOnce(WorkerGroupCallback):  # type: ignore[misc, unused-ignore]

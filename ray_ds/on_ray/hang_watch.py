@@ -12,9 +12,8 @@ from ray_ds.logs import log_event
 from ray_ds.train.stacks import ProcessView
 
 SLOW_S = 1800.0
-"""Least patience outside of steps, and in the first step after a start, which may compile kernels for many minutes."""
-SLOW_WORDS = ("validation", "checkpoint")
-"""What a place names that belongs to a step but is no step."""
+"""Least patience outside of steps, and in the first step after a start, which may compile kernels for many minutes; the
+docstring of `hang_timeout_s` in the settings says so too."""
 SAFE = "safe"
 """Where a process is that is done and waits to be ended."""
 KILL_ALL_S = 30.0
@@ -59,12 +58,11 @@ def patience_s(beat: Beat, timeout_s: float) -> float:
     """Return how long a process may stay where it is.
 
     That is `timeout_s` in a step; `SLOW_S` at least in the first step after a start, which may compile, and in all that
-    is no step: the start, validation, checkpoints (`step 12 validation`), writing the model. A process that is `safe`
-    may stay for ever.
+    is no step: the start, validation, keeping the state, writing the model. A process that is `safe` may stay for ever.
     """
     if beat.place.startswith(SAFE):
         return math.inf
-    in_step = beat.is_warm and step_of(beat.place) is not None and not any(word in beat.place for word in SLOW_WORDS)
+    in_step = beat.is_warm and step_of(beat.place) is not None
     return timeout_s if in_step else max(timeout_s, SLOW_S)
 
 

@@ -13,25 +13,27 @@ import ray.train
 from ray.exceptions import RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
 from ray_ds import storage
-from ray_ds.errors import RetryableError, UserError
 from ray_ds.logs import log_event, setup_logging
 from ray_ds.on_ray.board import Event, News, open_board
-from ray_ds.on_ray.elastic import ElasticTorchTrainer, KeptGroupTorchConfig, Plan, StoppedWithoutWorkers
 from ray_ds.on_ray.hang_watch import HangWatch
 from ray_ds.on_ray.host import RayHost
 from ray_ds.on_ray.keepers import KeeperFleet
+from ray_ds.on_ray.outcome import LASTING, TrainingStopped, losses_are_retryable, read_outcome
 from ray_ds.on_ray.sizing import Sizes
 from ray_ds.train.host import Host, Request
 from ray_ds.train.task import Stopped, TrainResult, TrainTask
+
+__all__ = ["RAY_TRAIN", "TrainLoop", "TrainingStopped", "train_on_ray"]
 
 POLL_S = 0.5
 MIN_PAUSE_TIMEOUT_S = 600.0
 """A pause needs a whole step and a checkpoint on storage."""
 SILENT_S = 20.0
 """Time without a word of any worker after which none runs; workers speak twice a second."""
+RAY_TRAIN = "ray_train"
+"""Folder of what Ray Train writes about the run; nothing reads it once the run is over."""
 HANGS = "hangs"
 """Folder of the stack traces of workers that hung."""
 MALLOC_ENV = {
@@ -41,26 +43,9 @@ MALLOC_ENV = {
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
 }
 """Makes glibc keep the memory of freed activations instead of giving it back and faulting it in again every layer."""
-LASTING = (UserError, FloatingPointError)
-"""What another try would meet again: a mistake of the user, or a loss that is no number."""
-LOST = (ray.exceptions.RayError, OSError)
-"""What a worker meets when it, a node or the network is lost."""
 Report = Callable[[Mapping[str, float]], None]
 OnEvent = Callable[[Event], None]
 TrainLoop = Callable[[TrainTask, Host], TrainResult | Stopped]
-
-
-class TrainingStopped(RetryableError):
-    """Training was told to stop, and did; submitting it again goes on.
-
-    Args:
-        step: after which all state is safe; None where no workers ran, so that the newest checkpoint is what there is.
-    """
-
-    def __init__(self, step: int | None) -> None:
-        where = "before any worker ran" if step is None else f"after step {step}, which is safe"
-        super().__init__(f"training was told to stop and did, {where}; submit it again to go on")
-        self.step = step
 
 
 def log_board(event: Event) -> None:
@@ -68,6 +53,7 @@ def log_board(event: Event) -> None:
     log_event(event.kind, **event.facts)
 
 
+@losses_are_retryable()
 def train_on_ray(
     task: TrainTask,
     *,
@@ -85,7 +71,7 @@ def train_on_ray(
     ends the run. With a range of workers the group grows and shrinks with the cluster.
 
     Args:
-        work: folder for what Ray Train writes about the run, and for stack traces of workers that hung.
+        work: folder that gets `ray_train/`, and `hangs/` with the stack traces of workers that hung.
         on_report: called here with a step's figures, every `log_every` steps.
         on_event: called here with what happens to the workers.
         stop: once set, the workers make their state safe on storage and end.
@@ -95,7 +81,8 @@ def train_on_ray(
         TrainingStopped: `stop` was set, and training stopped before its last step.
         UserError: a worker found a mistake of the user.
         FloatingPointError: the loss is no number.
-        TrainingFailedError: workers died too often.
+        RetryableError: workers were lost too often, or Ray's part of the run was; submitting it again goes on.
+        TrainingFailedError: workers failed too often by an error of their own.
     """
     name = f"attempt-{os.urandom(6).hex()}"
     board = open_board(f"board-{name}")
@@ -119,7 +106,7 @@ def train_on_ray(
     finally:
         ray.kill(board)
         fleet.shutdown()
-    return _result(outcome)
+    return read_outcome(outcome)
 
 
 def _look_after(fleet: KeeperFleet, hang_watch: HangWatch) -> None:
@@ -129,26 +116,6 @@ def _look_after(fleet: KeeperFleet, hang_watch: HangWatch) -> None:
         hang_watch.look(time.monotonic())
     except RayError as error:
         log_event("keepers_unreachable", reason=str(error).splitlines()[0])
-
-
-def _result(outcome: "Future[ray.train.Result]") -> TrainResult:
-    """Return what training gave, or raise what it raised."""
-    try:
-        value: int | dict[str, Any] = outcome.result().return_value
-    except ControllerError as error:
-        if isinstance(error.controller_failure, StoppedWithoutWorkers):
-            raise TrainingStopped(None) from None
-        if isinstance(error.controller_failure, LASTING):
-            raise error.controller_failure from error
-        raise
-    except WorkerGroupError as error:
-        causes = [getattr(failure, "_base_exc", failure) for failure in error.worker_failures.values()]
-        if any(isinstance(cause, LOST) for cause in causes):
-            raise RetryableError(f"workers were lost too often without a step in between: {error}") from error
-        raise
-    if isinstance(value, int):
-        raise TrainingStopped(value)
-    return TrainResult(**value)
 
 
 class _Watch:
@@ -176,15 +143,17 @@ class _Watch:
 def _make_trainer(
     task: TrainTask, work: str, name: str, board: Any, loop: TrainLoop | None, check_alone: Callable[[], None]
 ) -> TorchTrainer:
-    """Return a trainer whose run has a new name, so that it finds nothing of Ray's about an earlier attempt.
+    """Return a trainer, by the settings ours or Ray's own; a fixed number of workers is a range of one to ours.
+
+    Its run has a new name, so that it finds nothing of Ray's about an earlier attempt.
 
     Ray would take up its own list of checkpoints otherwise, which it does not write atomically (Ray 2.60,
     checkpoint_manager.py `save_state`); ours are in `task.checkpoints`.
     """
     settings = task.settings
     is_cuda = task.device == "cuda"
-    is_stock = settings.scaling == "stock"
-    system, path = storage.filesystem(work)
+    backend = "nccl" if is_cuda else "gloo"
+    system, path = storage.filesystem(storage.join(work, RAY_TRAIN))
     options = {
         "train_loop_config": {
             "task": task.to_dict(),
@@ -199,7 +168,6 @@ def _make_trainer(
             resources_per_worker={"CPU": settings.cpus_per_worker, **({"GPU": 1} if is_cuda else {})},
             placement_strategy="SPREAD",
         ),
-        "torch_config": (TorchConfig if is_stock else KeptGroupTorchConfig)(backend="nccl" if is_cuda else "gloo"),
         "run_config": RunConfig(
             name=name,
             storage_path=path,
@@ -209,22 +177,21 @@ def _make_trainer(
             callbacks=[_EndAtOnce()],
         ),
     }
-    if is_stock:
-        return TorchTrainer(_run_worker, **options)
-    return ElasticTorchTrainer(_run_worker, plan=_plan(task, loop), board=board, **options)
+    if settings.scaling == "stock":
+        return TorchTrainer(_run_worker, torch_config=TorchConfig(backend=backend), **options)
+    # Leans on private parts of Ray, which the branch above goes without.
+    from ray_ds.on_ray.elastic import ElasticTorchTrainer, KeptGroupTorchConfig, Plan
 
-
-def _plan(task: TrainTask, loop: TrainLoop | None) -> Plan:
-    """Return what the settings say about scaling; a fixed number of workers is a range of one."""
-    settings = task.settings
     modules = ["ray_ds.on_ray.trainer", "ray.train.torch", *(["ray_ds.train.loop"] if loop is None else [])]
-    return Plan(
+    plan = Plan(
         sizes=Sizes(min_workers=settings.min_workers, max_workers=settings.max_workers, allowed=settings.worker_sizes),
         grow_pause_s=settings.grow_pause_s or 0.0,
         pause_timeout_s=max(settings.hang_timeout_s, MIN_PAUSE_TIMEOUT_S),
         max_failures=settings.max_failures,
-        spare_modules=tuple(modules) if settings.is_elastic and task.device == "cpu" else (),
+        spare_modules=tuple(modules) if settings.is_elastic and not is_cuda else (),
     )
+    config = KeptGroupTorchConfig(backend=backend)
+    return ElasticTorchTrainer(_run_worker, plan=plan, board=board, torch_config=config, **options)
 
 
 def _worker_env(task: TrainTask) -> dict[str, str]:

@@ -24,16 +24,20 @@ from ray_ds.on_ray.devices import known_gpu_fleet
 from ray_ds.on_ray.gauges import TrainGauges
 from ray_ds.on_ray.preflight import check_cluster
 from ray_ds.on_ray.stopping import stop_request
-from ray_ds.on_ray.trainer import train_on_ray
+from ray_ds.on_ray.trainer import RAY_TRAIN, train_on_ray
 from ray_ds.plan.case import case_of
 from ray_ds.plan.fit import check_fits
 from ray_ds.stage_run import StageRun
 from ray_ds.tokenizer import load_tokenizer
 from ray_ds.train.batches import check_cache, open_task_rows
+from ray_ds.train.checkpoints import METRICS
+from ray_ds.train.checkpoints.folders import delete_file
 from ray_ds.train.metrics import SHOWN
 from ray_ds.train.task import TrainTask
 from ray_ds.train.trackers import check_trackers
 
+CHECKPOINTS = "checkpoints"
+"""Folder of what unfinished training goes on from."""
 Device = Literal["cpu", "cuda"]
 
 
@@ -54,9 +58,7 @@ def train(settings: TrainSettings, run: StageRun) -> Artifact:
         progress.update(int(record["step"]), **{name: latest[name] for name in SHOWN if name in latest})
 
     with stop_request() as stop:
-        result = train_on_ray(
-            task, work=run.work_path("ray_train"), on_report=show, stop=stop, check_alone=run.check_alone
-        )
+        result = train_on_ray(task, work=run.work_path(), on_report=show, stop=stop, check_alone=run.check_alone)
     log_event("trained", **vars(result))
     facts = {
         **vars(result),
@@ -67,7 +69,9 @@ def train(settings: TrainSettings, run: StageRun) -> Artifact:
         "world_size": settings.num_workers if isinstance(settings.num_workers, int) else list(settings.worker_range),
     }
     artifact = run.commit(facts, seconds=time.monotonic() - started)
-    storage.delete_folder(run.work_path())
+    for name in (CHECKPOINTS, RAY_TRAIN):  # stack traces of what hung stay, and so does the job's lease
+        storage.delete_folder(run.work_path(name))
+    delete_file(run.work_path(METRICS))
     return artifact
 
 
@@ -97,7 +101,7 @@ def make_task(settings: TrainSettings, shards: TokenShards, run: StageRun) -> Tr
         init_from=None if start is None else start.uri,
         teacher=teacher.uri if isinstance(teacher, Checkpoint) else None,
         teacher_logits=teacher.uri if isinstance(teacher, TeacherLogits) else None,
-        checkpoints=run.work_path("checkpoints"),
+        checkpoints=run.work_path(CHECKPOINTS),
         output=run.uri,
         bos_token_id=tokenizer.bos_id,
         eos_token_id=tokenizer.eos_id,

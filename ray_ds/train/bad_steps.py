@@ -27,10 +27,12 @@ class BadSteps:
         self._recent = deque((loss for loss in losses if math.isfinite(loss)), maxlen=WINDOW)
 
     def judge(self, loss: float) -> str | None:
-        """Return what is wrong with a loss, or None; only a good one counts towards the median."""
+        """Return what is wrong with a loss, or None; only a good one counts towards the median.
+
+        It is the loss before it is scaled: where fp16 looks for its scale, gradients overflow and this stays a number.
+        """
         if not math.isfinite(loss):
-            # fp16 finds its scale by overflowing: the engine skips such a step and halves the scale.
-            return None if self._settings.precision == "fp16" else f"the loss is {loss}"
+            return f"the loss is {loss}"
         spike = self._settings.loss_spike
         if spike is not None and len(self._recent) == WINDOW:
             median = statistics.median(self._recent)

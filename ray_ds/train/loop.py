@@ -15,6 +15,7 @@ from ray_ds.logs import log_event
 from ray_ds.train.agreement import Agreement, Word
 from ray_ds.train.arrival import Arrival
 from ray_ds.train.bad_steps import BadSteps
+from ray_ds.train.best import load_best
 from ray_ds.train.checkpoints import METRICS
 from ray_ds.train.export import export_model
 from ray_ds.train.goodput import Goodput, read_attempts, write_attempts
@@ -239,9 +240,12 @@ class TrainLoop:
             self.host.report(self._record)
 
     def finish(self) -> TrainResult:
-        """Write the model and its metrics into the artefact's folder and return the run's facts."""
+        """Write the last model, or the best, and the metrics into the artefact's folder; return the run's facts."""
         self.host.beat("writing the model")
         self.safekeeping.finish()
+        model_step = self.step
+        if self.settings.keep_best:
+            model_step = load_best(self.task, self.stepper.engine, self.host)
         state: dict[str, Tensor] = self.stepper.engine.full_state()
         records: list[Record] = self.metrics.records
         if self.host.rank == 0:
@@ -250,7 +254,7 @@ class TrainLoop:
             storage.write_bytes(storage.join(self.task.output, METRICS), encode(records).encode())
             storage.write_bytes(storage.join(self.task.output, "curve.png"), draw_curve(records))
         dist.barrier()
-        return TrainResult(**summarise(records))
+        return TrainResult(**summarise(records, model_step=model_step))
 
     def close(self) -> None:
         """End what runs beside the loop."""

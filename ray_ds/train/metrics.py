@@ -180,13 +180,18 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts it in KiB
 
 
-def summarise(records: Sequence[Record]) -> dict[str, Any]:
-    """Return what a run comes to: means and medians of its steps, its last look at validation, its whole account."""
+def summarise(records: Sequence[Record], *, model_step: int) -> dict[str, Any]:
+    """Return what a run comes to: means and medians of its steps, its last look at validation, its whole account.
+
+    Args:
+        model_step: the step whose model the run leaves; later looks at validation were at other ones.
+    """
     last = records[-1]
-    looks = [record["validation_loss"] for record in records if "validation_loss" in record]
+    looks = [record["validation_loss"] for record in records[:model_step] if "validation_loss" in record]
     has_mfu = "mfu" in last
     return {
         "step": int(last["step"]),
+        "model_step": model_step,
         "tokens": int(last["tokens"]),
         "train_loss": statistics.fmean(record["loss"] for record in records[-LOSS_STEPS:]),
         "validation_loss": looks[-1] if looks else None,

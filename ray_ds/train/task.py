@@ -65,12 +65,14 @@ class TrainResult:
 
     step: int
     """Optimizer steps."""
+    model_step: int
+    """The step whose model the run leaves: the last, or the best with `keep_best`."""
     tokens: int
     """Tokens trained on."""
     train_loss: float
     """Mean of the last steps' losses, in nats a token."""
     validation_loss: float | None
-    """The last look at the validation split, in nats a token."""
+    """The last look at the validation split up to `model_step`, in nats a token."""
     tokens_per_s: float
     """Median over the steps, of all workers together."""
     mfu: float | None

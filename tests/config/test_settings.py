@@ -46,6 +46,14 @@ class Search:
     """Its width."""
 
 
+@settings
+class Draw:
+    kind: Literal["greedy", "top_k", "top_p"] = "greedy"
+    """How to draw."""
+    temperature: Annotated[float, OutputUnchangedUnless("kind", "top_k"), OutputUnchangedUnless("kind", "top_p")] = 1.0
+    """How evenly."""
+
+
 def test_toml_values_become_settings() -> None:
     decoded = decode_settings(Outer, {"steps": 3, "names": ["a"], "inner": {"lr": 1}}, where="r.toml: s")
     assert decoded == Outer(steps=3, names=("a",), inner=Inner(lr=1.0))
@@ -80,6 +88,9 @@ def test_the_digest_leaves_out_what_cannot_change_the_output() -> None:
     assert digest_settings(Outer(steps=1)) != digest_settings(Outer(steps=2))
     assert digest_settings(Search(beams=1)) == digest_settings(Search(beams=9)) == {"kind": "greedy"}
     assert digest_settings(Search(kind="beam", beams=9)) == {"kind": "beam", "beams": 9}
+    assert digest_settings(Draw(temperature=0.5)) == {"kind": "greedy"}
+    for kind in ("top_k", "top_p"):
+        assert digest_settings(Draw(kind=kind, temperature=0.5)) == {"kind": kind, "temperature": 0.5}
 
 
 def test_fields_carry_their_docstrings() -> None:

@@ -35,11 +35,22 @@ def test_workers_are_a_number_or_a_range() -> None:
     fixed, elastic = decode(num_workers=2), decode(num_workers=[1, 2], allowed_workers=[2])
     assert (fixed.worker_range, fixed.min_workers, fixed.max_workers, fixed.is_elastic) == ((2, 2), 2, 2, False)
     assert (elastic.worker_range, elastic.min_workers, elastic.max_workers, elastic.is_elastic) == ((1, 2), 1, 2, True)
-    assert (fixed.scaling, fixed.grow_pause_s) == (None, None)
+    assert (fixed.scaling, fixed.grow_pause_s) == ("graceful", None)
     assert (elastic.scaling, elastic.grow_pause_s) == ("graceful", 30.0)
     assert decode_settings(TrainSettings, as_json(elastic), where="task") == elastic
     with pytest.raises(ConfigError, match=r"num_workers .* must be at most 2, the micro-batches of a step"):
         decode(num_workers=[1, 3])
+
+
+@pytest.mark.parametrize("num_workers", [2, [1, 2]])
+def test_any_number_of_workers_may_be_left_to_ray_trains_own_policy(num_workers: Any) -> None:
+    stock = decode(num_workers=num_workers, scaling="stock")
+    assert (stock.scaling, stock.grow_pause_s) == ("stock", None)
+    assert digest_settings(stock) == digest_settings(decode())
+
+
+def test_a_fixed_number_of_groups_may_be_left_to_ray_train() -> None:
+    assert decode(num_workers=2, parallel={"expert": 2}, scaling="stock").scaling == "stock"
 
 
 def test_bad_steps_are_counted_where_they_are_not_fatal() -> None:
@@ -86,6 +97,19 @@ def test_where_a_roll_back_goes_to_is_in_the_digest() -> None:
         often, seldom = (decode(bad_loss=bad_loss, checkpoint_every=every) for every in (100, 500))
         assert digest_settings(often) == digest_settings(seldom)
         assert "checkpoint_every" not in digest_settings(often)  # type: ignore[operator]
+
+
+@pytest.mark.shows("With `keep_best` a model's digest covers what it is chosen from and by; without, it does not")
+def test_what_the_best_model_depends_on_is_in_the_digest() -> None:
+    changes: list[dict[str, Any]] = [{"checkpoint_every": 200}, {"validation_tokens": 1000}]
+    best = {"keep_best": True, "validate_every": 100, "checkpoint_every": 100}
+    assert digest_settings(decode(**best)) != digest_settings(decode())
+    for change in changes:
+        assert digest_settings(decode(**{**best, **change})) != digest_settings(decode(**best))
+        assert digest_settings(decode(validate_every=100, **change)) == digest_settings(decode())
+    assert digest_settings(decode(**{**best, "keep_checkpoints": 5, "validate_every": 50})) == digest_settings(
+        decode(**best)
+    )
 
 
 def test_extra_losses_have_the_weights_that_deepseek_gives_them() -> None:

@@ -36,8 +36,13 @@ from tests.config.train_settings import decode
             "allowed_workers ([1, 3]) must lie within num_workers, 1 to 2; correct one of them.",
         ),
         (
-            {"scaling": "graceful"},
-            "scaling (graceful) has no effect with a fixed number of workers; remove it.",
+            {"num_workers": [1, 2], "allowed_workers": [1, 2], "scaling": "stock"},
+            "allowed_workers ([1, 2]) has no effect with stock scaling: Ray Train takes any number within num_workers; "
+            "remove one of them.",
+        ),
+        (
+            {"num_workers": [1, 2], "grow_pause_s": 5.0, "scaling": "stock"},
+            "grow_pause_s (5.0) has no effect with stock scaling, which grows as Ray Train does; remove it.",
         ),
         (
             {"scaling": "mine", "num_workers": [1, 2]},
@@ -62,6 +67,11 @@ from tests.config.train_settings import decode
         (
             {"keep_best": True},
             "keep_best (True) has no effect while validate_every is 0; remove it, or validate.",
+        ),
+        (
+            {"keep_best": True, "validate_every": 300},
+            "checkpoint_every (500) must be a multiple of validate_every (300) with keep_best, or checkpoints have no "
+            "validation loss to compare; try 600.",
         ),
         (
             {"hang_timeout_s": 0},

@@ -48,6 +48,7 @@ def count_steps(task: TrainTask, host: Host) -> TrainResult | Stopped:
             save(state, step, host)
     return TrainResult(
         step=step,
+        model_step=step,
         tokens=0,
         train_loss=0.0,
         validation_loss=None,

@@ -2,6 +2,8 @@
 
 import inspect
 import os
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -17,7 +19,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.torch.config import _TorchBackend
 from ray.train.v2._internal.callbacks.backend_setup import BackendSetupCallback
 from ray.train.v2._internal.execution.controller.controller import TrainController
-from ray.train.v2._internal.execution.failure_handling.default import DefaultFailurePolicy, _is_preemption_failure
+from ray.train.v2._internal.execution.failure_handling.default import DefaultFailurePolicy
 from ray.train.v2._internal.execution.scaling_policy import NoopDecision, ResizeDecision, ScalingPolicy
 from ray.train.v2._internal.execution.scaling_policy.elastic import ElasticScalingPolicy
 from ray.train.v2._internal.execution.worker_group.worker import ActorMetadata, RayTrainWorker, Worker
@@ -48,7 +50,6 @@ CONTRACT: list[tuple[Callable[..., Any], str]] = [
     (ElasticScalingPolicy.on_controller_start_worker_group, "self, *, scaling_config, num_workers"),
     (DefaultFailurePolicy.__init__, "self, failure_config"),
     (DefaultFailurePolicy.make_decision, "self, training_failed_error"),
-    (_is_preemption_failure, "training_failed_error"),
     (WorkerGroup.create, "train_run_context, worker_group_context, callbacks"),
     (WorkerGroup._start, "self"),
     (
@@ -80,11 +81,11 @@ def test_contract_with_ray(function: Callable[..., Any], expected: str) -> None:
     )
     wanted = expected.replace("*, ", "")
     message = f"ray {ray.__version__} has {function.__qualname__}({given}), not ({wanted}): use scaling = 'stock', or "
-    assert given == wanted, message + "mend ray_ds/on_ray/{elastic,spares,nodes}.py"
+    assert given == wanted, message + "mend ray_ds/on_ray/{elastic,failures,spares,nodes}.py"
 
 
 def test_contract_of_names_and_fields() -> None:
-    message = f"ray {ray.__version__} differs from what ray_ds/on_ray/elastic.py and spares.py lean on"
+    message = f"ray {ray.__version__} differs from what ray_ds/on_ray/{{elastic,failures,spares}}.py lean on"
     assert TrainController.worker_group_cls is WorkerGroup and WorkerGroup._worker_cls is RayTrainWorker, message
     assert TorchConfig().backend_cls is _TorchBackend, message
     assert issubclass(TorchTrainer, DataParallelTrainer), message
@@ -94,6 +95,16 @@ def test_contract_of_names_and_fields() -> None:
     assert "self.worker_group_cls.create(" in controller and "on_controller_start_worker_group(" in controller, message
     for name in elastic.CONTROLLER_ENV:
         assert name in inspect.getsource(ray.train.v2._internal.constants) or name.startswith("RAY_WARN"), message
+
+
+@pytest.mark.shows("Training with `scaling = stock` needs no private part of Ray Train")
+def test_what_leans_on_ray_is_not_imported_for_stock_scaling() -> None:
+    code = (
+        "import sys, ray_ds.on_ray.trainer; print([name for name in sys.modules if name.startswith('ray_ds.on_ray')])"
+    )
+    found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert "ray_ds.on_ray.trainer" in found
+    assert not [name for name in ("elastic", "failures", "spares", "nodes") if f"ray_ds.on_ray.{name}'" in found]
 
 
 class Cluster:

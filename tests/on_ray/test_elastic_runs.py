@@ -1,5 +1,7 @@
 """Elastic training on real nodes that join, drain and die."""
 
+import os
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +13,7 @@ from ray.train.v2.api.exceptions import WorkerGroupError
 
 from ray_ds.on_ray import trainer
 from ray_ds.on_ray.elastic import SETTLE_S, ElasticTorchTrainer
+from ray_ds.on_ray.outcome import LostTooOften
 from ray_ds.on_ray.trainer import TrainingStopped
 from ray_ds.train.host import Host
 from ray_ds.train.task import Stopped, TrainResult, TrainTask
@@ -124,6 +127,20 @@ def test_workers_that_die_without_coming_further_end_the_run(cluster: Cluster, t
     assert [event.facts["in_a_row"] for event in run.events if event.kind == "workers_lost"] == [1, 2, 3]
 
 
+def test_workers_that_are_killed_each_time_end_the_run_as_one_to_submit_again(cluster: Cluster, tmp_path: Path) -> None:
+    def die(task: TrainTask, host: Host) -> TrainResult | Stopped:
+        host.beat("step 1")
+        time.sleep(1)
+        os.kill(os.getpid(), signal.SIGKILL)
+        raise AssertionError("unreachable")
+
+    bring_to(cluster, 1)
+    run = Run(tmp_path, num_workers=1, loop=die, max_failures=1)
+    run.thread.join(200)
+    assert isinstance(run.error, LostTooOften) and "submit it again to go on" in str(run.error)
+    assert [event.facts["in_a_row"] for event in run.events if event.kind == "workers_lost"] == [1, 2]
+
+
 @pytest.mark.shows("A worker that hangs is found in a set time: its stack traces are kept and training goes on")
 def test_hung_worker_is_replaced_and_its_stacks_are_kept(cluster: Cluster, tmp_path: Path) -> None:
     def hang_once(task: TrainTask, host: Host) -> TrainResult | Stopped:
@@ -150,9 +167,10 @@ def test_stock_scaling_is_ray_trains_own(cluster: Cluster, tmp_path: Path) -> No
     assert type(trainer._make_trainer(stock, str(tmp_path), "name", None, None, print)) is TorchTrainer
     ours = make_task(tmp_path, make_settings(num_workers=[1, 2]))
     assert type(trainer._make_trainer(ours, str(tmp_path), "name", None, None, print)) is ElasticTorchTrainer
-    run = Run(tmp_path, scaling="stock", steps=5)
-    run.thread.join(200)
-    assert run.result is not None and run.steps == [1, 2, 3, 4, 5]
+    for num_workers in ([1, 2], 1):
+        run = Run(tmp_path / str(num_workers), num_workers=num_workers, scaling="stock", steps=5)
+        run.thread.join(200)
+        assert run.result is not None and run.steps == [1, 2, 3, 4, 5]
 
 
 @pytest.mark.shows("A job that waits for nodes ends when it is told to stop, by our own scaling and by Ray Train's")

@@ -21,12 +21,27 @@ from ray_ds.stage_run import StageRun
 from ray_ds.stages import train as stage
 from ray_ds.tokenizer import train_bpe
 from ray_ds.train.checkpoints import find_latest
+from ray_ds.train.task import TrainResult, TrainTask
 from tests.stages.small_artifacts import book_texts, stage_run
 from tests.train.runs import VOCAB_SIZE, curve, make_settings, make_task, read_records, train_in_processes, write_shards
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
 SETTINGS: dict[str, Any] = {"steps": 40, "checkpoint_every": 5, "zero_stage": 1}
+
+
+DONE = TrainResult(
+    step=8,
+    model_step=8,
+    tokens=2048,
+    train_loss=1.0,
+    validation_loss=None,
+    tokens_per_s=100.0,
+    mfu=None,
+    goodput=1.0,
+    lost_s=0.0,
+    restarts=0,
+)
 
 
 def make_shards(folder: Path) -> TokenShards:
@@ -86,10 +101,30 @@ def check_artifact(artifact: Any, run: StageRun) -> None:
         "model/tokenizer.json",
     } <= names
     facts = dict(artifact.manifest.facts)
-    assert facts["step"] == 40 and facts["tokens"] == 40 * 256 and facts["world_size"] == 2
+    assert facts["step"] == facts["model_step"] == 40 and facts["tokens"] == 40 * 256 and facts["world_size"] == 2
     assert (facts["tokenizer_digest"], facts["zero_stage"], facts["precision"]) == ("abc", 1, "fp32")
     assert 0 < facts["train_loss"] < 6 and facts["tokens_per_s"] > 0 and facts["parameters"] > 10_000
-    assert not Path(run.work_path()).exists()
+    assert not list(Path(run.work_path()).iterdir())
+
+
+@pytest.mark.ray
+@pytest.mark.shows("Stack traces of workers that hung, which the log names, are there after training is finished")
+def test_what_is_still_needed_of_a_finished_run_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run(tmp_path)
+    needed = {"hangs/20261124T120000Z-rank-1.txt", "lease.json"}
+
+    def train_on_ray(task: TrainTask, *, work: str, **_: Any) -> TrainResult:
+        done = {"checkpoints/step-00000005/COMMITTED.json", "ray_train/attempt/state.json", "metrics.jsonl"}
+        for path in (Path(work) / name for name in needed | done):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+        return DONE
+
+    monkeypatch.setattr(stage, "train_on_ray", train_on_ray)
+    artifact = stage.train(make_settings(), run)
+    work = Path(run.work_path())
+    assert {str(path.relative_to(work)) for path in work.rglob("*") if path.is_file()} == needed
+    assert not artifact.manifest.files and artifact.fact("model_step") == 8
 
 
 def refused(kind: type[UserError], folder: Path, **changes: Any) -> str:
@@ -156,6 +191,56 @@ def test_shards_with_a_flipped_bit(tmp_path: Path) -> None:
     shard.write_bytes(data)
     message = refused(ArtifactError, tmp_path)
     assert message.startswith(f"{shard} (sha256 ") and "as its manifest says" in message
+
+
+LONGER: dict[str, Any] = {**SETTINGS, "steps": 60}
+
+
+def run_and_kill(address: str, folder: Path, actor: str) -> int:
+    """Run the job, kill an actor of its after a checkpoint more than there is, and return the job's exit status."""
+    run = make_run(folder)
+    before = newest_step(run)
+    code = (
+        "import sys; from ray_ds.cli import _guard; from tests.stages.test_train import LONGER, run_job; "
+        f"sys.exit(_guard(lambda: run_job({address!r}, {str(folder)!r}, **LONGER) or 0))"
+    )
+    others = living_actors(actor)
+    job = subprocess.Popen([sys.executable, "-c", code])
+    pids: set[int] = set()
+    while not pids or newest_step(run) == before:
+        assert job.poll() is None, "the job ended before its next checkpoint"
+        pids = pids or living_actors(actor) - others
+        time.sleep(0.02)
+    (pid,) = pids
+    os.kill(pid, signal.SIGKILL)
+    return job.wait()
+
+
+def living_actors(class_name: str) -> set[int]:
+    """Return the processes of a class's living actors."""
+    actors = [one for one in ray._private.state.actors().values() if one["State"] == "ALIVE"]
+    return {one["Pid"] for one in actors if one["ActorClassName"] == class_name}
+
+
+def newest_step(run: StageRun) -> int:
+    """Return the step of a run's newest checkpoint; 0 without one."""
+    found = Path(run.work_path("checkpoints")).glob("*/COMMITTED.json")
+    return max((int(path.parent.name.removeprefix("step-")) for path in found), default=0)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.shows(
+    "A training job whose controller or notice board is killed exits with 75, and goes on when it is submitted again"
+)
+def test_job_that_loses_its_controller_is_retryable_and_goes_on(local_ray: str, tmp_path: Path) -> None:
+    assert [run_and_kill(local_ray, tmp_path, actor) for actor in ("SparedController", "Board")] == [75, 75]
+    run = make_run(tmp_path)
+    assert newest_step(run) >= 10, "each job has left a checkpoint"
+    stage.train(make_settings(**LONGER), run)
+    whole = make_task(tmp_path, make_settings(**LONGER), "whole")
+    train_in_processes(whole)
+    assert curve(read_records(whole)) == curve(read_records(make_task(tmp_path, make_settings(), run.uri)))
 
 
 @pytest.mark.ray

@@ -31,9 +31,10 @@ def test_a_spike_is_judged_by_the_median_of_the_last_good_losses() -> None:
     assert judge(3.1) is not None, "a spike does not count towards the median"
 
 
-def test_a_loss_that_is_no_number_is_bad_but_for_fp16_which_finds_its_scale_so() -> None:
-    assert BadSteps(make_settings(), []).judge(math.nan) == "the loss is nan"
-    assert BadSteps(make_settings(precision="fp16", zero_stage=1), []).judge(math.inf) is None
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_loss_that_is_no_number_is_bad_in_any_precision(precision: str) -> None:
+    judge = BadSteps(make_settings(precision=precision, zero_stage=1), []).judge
+    assert (judge(math.nan), judge(math.inf)) == ("the loss is nan", "the loss is inf")
 
 
 def test_without_a_threshold_no_loss_is_a_spike() -> None:

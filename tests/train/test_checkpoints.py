@@ -1,4 +1,5 @@
 import json
+import math
 import subprocess
 import sys
 import threading
@@ -11,7 +12,7 @@ from safetensors.torch import load_file
 from ray_ds import storage
 from ray_ds.errors import ArtifactError, StorageUnavailable
 from ray_ds.train import checkpoints
-from ray_ds.train.checkpoints import writing
+from ray_ds.train.checkpoints import folders, writing
 from tests.train.object_store import use_object_store
 from tests.train.states import assert_readable, make_parts, make_writers, metrics_of, start, write
 
@@ -59,6 +60,46 @@ def test_the_best_stays_beside_the_newest(tmp_path: Path) -> None:
     assert folder_names(tmp_path) == ["step-00000020", "step-00000050"]
     write(writers, 60, loss=1.0)
     assert folder_names(tmp_path) == ["step-00000060"]
+
+
+def test_the_best_that_stays_is_a_regular_checkpoint(tmp_path: Path) -> None:
+    writers = make_writers(tmp_path, 1, keep=10)
+    for step, loss in [(10, 2.0), (15, 1.0), (20, 3.0), (30, 4.0), (35, 5.0)]:
+        write(writers, step, loss=loss)
+    folders.delete_old(str(tmp_path), keep=1, keep_best=True, every=10)
+    assert folder_names(tmp_path) == ["step-00000010", "step-00000030", "step-00000035"]
+
+
+@pytest.mark.parametrize(("last", "best"), [(50, 40), (45, 45)])
+def test_the_best_is_a_regular_checkpoint_or_the_last(tmp_path: Path, last: int, best: int) -> None:
+    writers = make_writers(tmp_path, 2, keep=10)
+    for step, loss in [(10, 3.0), (15, 0.5), (20, 2.0), (30, math.nan), (40, 2.0), (45, 1.0), (50, None)]:
+        write(writers, step, loss=loss)
+    found = checkpoints.find_best(str(tmp_path), every=10, last=last)
+    assert found is not None and found.step == best, "of equal losses the latest"
+    assert_readable(tmp_path, found)
+
+
+def test_no_checkpoint_is_the_best_where_no_loss_is_a_number(tmp_path: Path) -> None:
+    writers = make_writers(tmp_path, 1)
+    for step, loss in [(10, math.nan), (15, 1.0), (20, None)]:
+        write(writers, step, loss=loss)
+    assert checkpoints.find_best(str(tmp_path), every=10, last=20) is None
+
+
+def test_a_best_checkpoint_that_is_damaged_is_never_silently_passed_over(tmp_path: Path) -> None:
+    writers = make_writers(tmp_path, 1)
+    for step, loss in [(10, 1.0), (20, 2.0)]:
+        write(writers, step, loss=loss)
+    (weights,) = (tmp_path / "step-00000010").rglob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    with pytest.raises(
+        ArtifactError, match=r"step-00000010 \(.*sha256 differs\) must be as its COMMITTED.json says: it has"
+    ):
+        checkpoints.find_best(str(tmp_path), every=10, last=20)
+    checkpoints.delete(str(tmp_path), 10)
+    found = checkpoints.find_best(str(tmp_path), every=10, last=20)
+    assert found is not None and found.step == 20
 
 
 def test_files_are_plain_safetensors_and_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -326,7 +367,7 @@ def test_a_part_packed_anew_too_early_never_counts(tmp_path: Path, monkeypatch: 
 def test_a_process_ends_while_storage_hangs(tmp_path: Path) -> None:
     program = (
         "import sys, time\n"
-        "from ray_ds.train.checkpoints import writing\n"
+        "from ray_ds.train.checkpoints import folders, writing\n"
         "from tests.train.states import make_writers, start\n"
         "writing.write_tensors = lambda *arguments: time.sleep(600)\n"
         "writers = make_writers(sys.argv[1], 1)\n"

@@ -96,12 +96,15 @@ def test_peak_memory_grows_with_what_is_held() -> None:
     assert peak_memory(torch.device("cpu")) >= held.numel()
 
 
-def test_summary_takes_means_and_the_last_account() -> None:
+def test_summary_takes_means_the_last_account_and_what_is_known_of_the_model() -> None:
     account = {"goodput": 0.9, "lost_s": 3.0, "restarts": 2}
     records = [{**record, **account, "tokens_per_s": 10.0 * record["step"], "mfu": 0.1} for record in RECORDS]
     records[1]["validation_loss"] = 4.0
-    assert summarise(records) == {
+    records[3]["validation_loss"] = 4.5
+    assert summarise(records, model_step=5)["validation_loss"] == 4.5
+    assert summarise(records, model_step=3) == {
         "step": 5,
+        "model_step": 3,
         "tokens": 50,
         "train_loss": pytest.approx(sum(5.0 / step for step in range(1, 6)) / 5),
         "validation_loss": 4.0,

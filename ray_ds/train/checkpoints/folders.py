@@ -1,8 +1,10 @@
 """What checkpoints a folder holds, which of them are whole, and how they go."""
 
 import dataclasses
+import math
 import os
 import re
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
@@ -191,28 +193,59 @@ def delete_file(uri: str) -> None:
 
 
 def delete_old(root: str, *, keep: int, keep_best: bool, every: int = 1) -> None:
-    """Delete all checkpoints but the newest, the newest regular one, and the one with the lowest validation loss.
+    """Delete all checkpoints but the newest, the newest regular one, and the regular one with the best validation loss.
 
     Args:
         every: multiples of this many steps are regular ones, which a roll back goes to.
     """
     steps = committed_steps(root)
     kept = {*steps[-keep:], *[step for step in steps if step % every == 0][-1:]}
-    if keep_best and len(steps) > keep:
-        losses = {step: loss for step in steps if (loss := _validation_loss(root, step)) is not None}
-        kept |= set(sorted(losses, key=lambda step: (losses[step], -step))[:1])
+    is_chosen = keep_best and len(steps) > keep
+    best = _best_step(root, [step for step in steps if step % every == 0]) if is_chosen else None
     for step in steps:
-        if step not in kept:
+        if step not in kept and step != best:
             delete(root, step)
 
 
+def find_best(root: str, *, every: int, last: int) -> Commit | None:
+    """Return the checkpoint with the lowest validation loss; None where no loss is a number.
+
+    Args:
+        root: folder of all checkpoints.
+        every: multiples of this many steps are regular ones; when others are written depends on who came and went.
+        last: the last step, which counts too.
+    Raises:
+        ArtifactError: the checkpoint is damaged.
+    """
+    listed = _list_steps(root)
+    step = _best_step(root, [step for step in listed if step % every == 0 or step == last])
+    if step is None:
+        return None
+    uri = checkpoint_uri(root, step)
+    try:
+        commit = read_commit(root, step)
+        assert commit is not None, "it has a loss"
+        _check_files(uri, commit, listed[step], "sha256")
+    except DamageError as error:
+        allowed = f"must be as its {COMMITTED} says: it has the lowest validation loss of all"
+        raise ArtifactError(uri, str(error), allowed, "restore it, or delete it to take the next best") from error
+    return commit
+
+
+def _best_step(root: str, steps: Iterable[int]) -> int | None:
+    """Return the step with the lowest validation loss, of equal ones the latest; None where no loss is a number."""
+    losses = {step: loss for step in steps if (loss := _validation_loss(root, step)) is not None}
+    return min(losses, key=lambda step: (losses[step], -step), default=None)
+
+
 def _validation_loss(root: str, step: int) -> float | None:
+    """Return the validation loss of a checkpoint; None where it has none, or one that is no number."""
     try:
         commit = read_commit(root, step)
     except DamageError:
         return None
     loss = commit.validation_loss if commit is not None else None
-    return loss if loss is not None and loss == loss else None
+    return loss if loss is not None and math.isfinite(loss) else None
 
 
 def delete_torn(root: str, *, step: int, attempt: str) -> None:
