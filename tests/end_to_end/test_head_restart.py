@@ -110,9 +110,12 @@ def test_training_goes_on_after_its_head_was_lost(
                 [str(BIN / "ray-ds"), *TRAIN, OFTEN], cwd=here.folder, env=environment, stdout=out, stderr=out
             ) as job,
         ):
-            folder = wait_for_steps(site.folder / "runs/mini/train", before, job, at_least=2 * CHECKPOINT_EVERY)
-            restart_head(environment)
-            assert job.wait(200) == 75, log.read_text()[-3000:]
+            try:
+                folder = wait_for_steps(site.folder / "runs/mini/train", before, job, at_least=2 * CHECKPOINT_EVERY)
+                restart_head(environment)
+                assert job.wait(120) == 75, log.read_text()[-3000:]
+            finally:
+                job.kill()
         again = here.ray_ds(*TRAIN, OFTEN)
     assert again.returncode == 0, again.stdout[-3000:]
     first = int(re.findall(r"stepping .*step=(\d+)$", again.stdout, re.MULTILINE)[0])

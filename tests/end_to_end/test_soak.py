@@ -5,7 +5,7 @@ does (`ray-ds submit`), sends SIGKILL when a drawn share of the work is done and
 and submits again when the job's driver was killed, until the step is finished. What is killed:
 
     worker   one process that does the step's work, a Ray Data task or a Ray Train worker
-    node     a worker node as when its machine loses power: raylet, workers and agents; it is started again at once
+    node     a worker node raylet, workers and agents at once; it is started again
     driver   the job's own process
 
 Only processes below those that `up.sh` recorded for this test's cluster are killed. Every round must give what the
