@@ -66,7 +66,9 @@ def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--no-peers", action="store_true", help="leave Ray Train's own scaling out")
     parser.add_argument("--steady-s", type=float, default=30.0, help="undisturbed training before each disturbance")
-    parser.add_argument("--goodput-minutes", type=float, default=30.0, help="train so long with a kill now and then; 0: not")
+    parser.add_argument(
+        "--goodput-minutes", type=float, default=30.0, help="train so long with a kill now and then; 0: not"
+    )
     parser.add_argument("--kill-every-s", type=float, default=600.0, help="time between those kills")
     parser.add_argument("--stall-minutes", type=float, default=30.0, help="look so long for false deaths; 0: not")
     parser.add_argument("--seed", type=int, default=0)

@@ -96,7 +96,7 @@ def test_nodes_actors_and_jobs_outlive_the_head(store: str, tmp_path: Path) -> N
 @pytest.mark.shows(
     "A training job whose head is killed and started again ends with status 75; submitted again it goes on"
 )
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_training_goes_on_after_its_head_was_lost(
     site: Site, finished: subprocess.CompletedProcess[str], tmp_path: Path
 ) -> None:
