@@ -54,7 +54,8 @@ else:
 """
 
 
-STEPS, CHECKPOINT_EVERY = 150, 10
+STEPS, CHECKPOINT_EVERY = 600, 20
+"""So many steps that the workers, which live on for some seconds without a head, do not come to the end."""
 TRAIN = ("submit", "train", "jobs/recipes/mini.toml", f"--train.steps={STEPS}", "--train.log_every=1")
 OFTEN = f"--train.checkpoint_every={CHECKPOINT_EVERY}"
 
@@ -111,7 +112,7 @@ def test_training_goes_on_after_its_head_was_lost(
             ) as job,
         ):
             try:
-                folder = wait_for_steps(site.folder / "runs/mini/train", before, job, at_least=2 * CHECKPOINT_EVERY)
+                folder = wait_for_steps(site.folder / "runs/mini/train", before, job, at_least=CHECKPOINT_EVERY + 5)
                 restart_head(environment)
                 assert job.wait(120) == 75, log.read_text()[-3000:]
             finally:
