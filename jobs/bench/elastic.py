@@ -1,7 +1,7 @@
 """Measure what a killed, a joining and a draining node cost training, ours beside Ray Train's own elastic scaling.
 
-    python -m jobs.bench.elastic                                          # everything: 75 minutes
-    python -m jobs.bench.elastic --goodput-minutes 0 --stall-minutes 0    # the disturbances alone: 12 minutes
+    python -m jobs.bench.elastic                                          # everything: more than an hour
+    python -m jobs.bench.elastic --goodput-minutes 0 --stall-minutes 0    # the disturbances alone: some ten minutes
 
 It starts raylets of its own on this host: a head, and two nodes for a worker each, with the health checks of
 `cluster/settings.env`. Training is the train stage's, of a tiny model. Both sides have the same loop and checkpoints;
