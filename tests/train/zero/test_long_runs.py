@@ -85,7 +85,8 @@ def mean_distance(one: Curve, others: Sequence[Curve]) -> float:
 def allowed_distance(controls: Sequence[Curve]) -> float:
     """Return the mean distance from the controls that one more control exceeds in `FALSE_ALARMS` of the cases.
 
-    It is the one-sided prediction interval of Student's t over the mean distances of each from the others.
+    It is the one-sided prediction interval of Student's t over the mean distances of each from the others. These share
+    curves, so that the share is near `FALSE_ALARMS`, not exact: 3.5 % among 16 controls of which one was left out.
     """
     count, own = len(controls), [mean_distance(control, controls) for control in controls]
     quantile: float = scipy.stats.t.ppf(1 - FALSE_ALARMS, count - 1)
