@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 from ray_ds import __version__
 from ray_ds.artifacts import KINDS, open_artifact
+from ray_ds.config.arguments import ArgumentParser
 from ray_ds.config.import_hf import MAX_SHARD_BYTES
 from ray_ds.config.paths import absolute_path
 from ray_ds.errors import (
@@ -28,13 +29,6 @@ from ray_ds.recipe import Recipe, Step, load_recipe
 from ray_ds.stage_table import STAGES, load_object
 from ray_ds.steps import find_finished, prepare_run
 from ray_ds.verify.options import add_options
-
-
-class _Parser(argparse.ArgumentParser):
-    """A parser that answers bad arguments the way bad settings are answered."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError("arguments", message, "must fit the usage", self.format_usage().strip())
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -60,7 +54,7 @@ def run_verify() -> NoReturn:
 
 
 def _run_all() -> int:
-    parser = _Parser(prog="python -m jobs.run_recipe")
+    parser = ArgumentParser(prog="python -m jobs.run_recipe")
     parser.add_argument("--recipe", required=True)
     parser.add_argument("--root", help="absolute folder that relative paths in the recipe are below")
     options, overrides = parser.parse_known_args()
@@ -90,9 +84,9 @@ def _guard(action: Callable[[], int]) -> int:
 
 def argument_parser() -> argparse.ArgumentParser:
     """Return the parser of `ray-ds`."""
-    parser = _Parser(prog="ray-ds", description="From raw text to a served language model on a Ray cluster.")
+    parser = ArgumentParser(prog="ray-ds", description="From raw text to a served language model on a Ray cluster.")
     parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=ArgumentParser)
     run = commands.add_parser("run", help="submit the steps in order; skip what is finished")
     submit = commands.add_parser("submit", help="submit one step as a Ray job and follow its log")
     submit.add_argument("step", help="a step's name, or its stage's")
@@ -175,7 +169,7 @@ def _dispatch(arguments: Sequence[str]) -> int:
 
 
 def _run_stage(stage: str, arguments: Sequence[str], root: str | None) -> int:
-    parser = _Parser(prog=f"python -m jobs.{next(row.job for row in STAGES if row.name == stage)}")
+    parser = ArgumentParser(prog=f"python -m jobs.{next(row.job for row in STAGES if row.name == stage)}")
     parser.add_argument("--recipe", required=True)
     parser.add_argument("--root", default=root, help="absolute folder that relative paths in the recipe are below")
     parser.add_argument("--step")

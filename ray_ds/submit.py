@@ -15,6 +15,8 @@ from typing import Any
 import aiohttp
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
+from ray.util.state import get_node
+from ray.util.state.exception import RayStateApiException
 from tqdm import tqdm
 
 from ray_ds.errors import RETRYABLE_EXIT_CODE, ClusterError, ConfigError, RetryableError
@@ -156,6 +158,24 @@ async def _follow(client: Any, job_id: str) -> JobEnd:
             if info.status.is_terminal():
                 return _job_end(info)
             await asyncio.sleep(POLL_S)
+        if _is_lost_with_its_node(client, info):
+            log_event("driver_lost", job=job_id, node=info.driver_node_id)
+            return JobEnd(exit_status=RETRYABLE_EXIT_CODE, is_stopped=False)
+
+
+def _is_lost_with_its_node(client: Any, info: Any) -> bool:
+    """Tell whether a job that counts as running cannot be, for the node of its own process is gone.
+
+    Where that was the head, which is started again, Ray notices only when another job is submitted: a job's state is
+    looked after by the head's agent, and that begins with its first request (Ray 2.60, job_agent.py `get_job_manager`).
+    """
+    if info.driver_node_id is None:
+        return False
+    try:
+        node = get_node(info.driver_node_id, address=client.get_address())
+    except (RayStateApiException, ConnectionError, RuntimeError, OSError):
+        return False
+    return node is None or node.state == "DEAD"
 
 
 async def _ask_for_info(client: Any, job_id: str) -> Any:

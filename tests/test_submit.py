@@ -1,5 +1,6 @@
 """What submitting a step checks and shows, without a cluster."""
 
+import logging
 import shlex
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from ray.job_submission import JobStatus
+from ray.util.state.exception import RayStateApiException
 
 from ray_ds import submit
 from ray_ds.errors import ClusterError, ConfigError, RetryableError
@@ -127,6 +129,14 @@ class Info:
 
     status: JobStatus
     driver_exit_code: int | None = None
+    driver_node_id: str | None = None
+
+
+@dataclass
+class Node:
+    """What the cluster says of a node."""
+
+    state: str
 
 
 @pytest.mark.parametrize(
@@ -159,6 +169,9 @@ class FollowedClient:
             raise answer
         return answer
 
+    def get_address(self) -> str:
+        return "http://head"
+
     async def tail_job_logs(self, _: str) -> AsyncIterator[str]:
         for text in self.logs.pop(0) if self.logs else ():
             if text == "broken":
@@ -177,6 +190,36 @@ def test_a_head_that_comes_back_is_followed_again(
     client = FollowedClient([gone, gone, *[running] * 10, done], [["one\n", "broken"], ["one\ntwo\n"]])
     assert submit.follow_job(client, "job-1").exit_status == 0
     assert "two" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("nodes", [{"n1": Node("DEAD")}, {}])
+def test_a_job_that_ray_takes_for_running_is_lost_with_its_node(
+    nodes: dict[str, Node], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(submit, "END_WAIT_S", 0.01)
+    monkeypatch.setattr(submit, "get_node", lambda node, address: nodes.get(node))
+    client = FollowedClient([Info(JobStatus.RUNNING, driver_node_id="n1")])
+    with caplog.at_level(logging.INFO, logger="ray_ds"):
+        assert submit.follow_job(client, "job-1") == JobEnd(exit_status=75, is_stopped=False)
+    assert caplog.messages == ["driver_lost job=job-1 node=n1"]
+
+
+def test_a_job_is_not_lost_while_its_node_lives_or_nobody_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = [Node("ALIVE"), RayStateApiException("busy"), ConnectionError("refused")]
+
+    def get_node(node: str, address: str) -> Node:
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(submit, "get_node", get_node)
+    monkeypatch.setattr(submit, "POLL_S", 0.01)
+    monkeypatch.setattr(submit, "END_WAIT_S", 0.005)
+    running = Info(JobStatus.RUNNING, driver_node_id="n1")
+    client = FollowedClient([*[running] * 3, Info(JobStatus.SUCCEEDED, 0)])
+    assert submit.follow_job(client, "job-1").exit_status == 0
+    assert answers == []
 
 
 def test_a_cluster_that_stays_silent_is_retryable(monkeypatch: pytest.MonkeyPatch) -> None:

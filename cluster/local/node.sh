@@ -3,10 +3,11 @@
 #
 #   node.sh list                  a line a node: NAME ADDRESS up|changing|down RAY-NODE-ID or -; changing: it starts or ends now
 #   node.sh add [NAME]            start one more worker at the next free address; prints its name once it has joined
-#   node.sh kill NAME             SIGKILL all its processes at once, those of its jobs too: the machine loses power
+#   node.sh kill NAME             SIGKILL all its processes at once, those of its jobs too; its network still refuses who asks
 #   node.sh start NAME            start a killed node again, at its old address
 #   node.sh drain NAME [SECONDS]  a spot notice: Ray starts nothing there any more, and the node is killed after SECONDS (30)
-#   node.sh cut NAME              pull its network cable (flavour netns): nothing arrives, nothing is refused; `heal` plugs it in again
+#   node.sh cut NAME              pull its network cable (flavour netns): nothing arrives, nothing is refused, as when the power is gone;
+#                                 `heal` plugs it in again
 #   node.sh heal NAME
 #   node.sh exec NAME COMMAND...  run a command where the node's network is
 #   node.sh pids NAME             ids of its processes

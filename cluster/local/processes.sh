@@ -42,7 +42,7 @@ tree() {   # GROUP MARK: ids of what runs in a group or has MARK in its environm
     }'
 }
 
-kill_tree() {   # GROUP MARK: end at once all that belongs together, as when a machine loses power
+kill_tree() {   # GROUP MARK: end at once all that belongs together
   local pid stopped=" " more=1
   while [ "$more" = 1 ]; do   # stopped first, so that nothing new is started meanwhile and nobody says goodbye
     more=0

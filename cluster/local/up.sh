@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Start a Ray cluster of three nodes on this host: a head and two workers, token authentication on. A cluster that is up is left as it is.
+# Start a Ray cluster of three nodes on this host: a head and two workers, token authentication on. A cluster that is up is left as it is,
+# and nodes of it that are down are named.
 #
 #   RAY_DS_CLUSTER_DIR     where its state is kept (process ids, token, logs, environment): .cluster; down.sh ends exactly what was started
 #   RAY_DS_LOCAL_FLAVOUR   loopback: nodes at 127.0.0.2 and up; netns: each in its own network namespace at 10.77.N.2 and up (root only;
@@ -27,6 +28,9 @@ for part in processes nodes store network; do . "$here/$part.sh"; done
 
 if [ -f "$state/env" ] && all_alive "$state/processes"; then
   echo "the local cluster is up; its environment is in $state/env"
+  while read -r name _; do
+    [ -n "$(group_of "$name")" ] || echo "its node $name is down; start it again with: $here/node.sh start $name"
+  done <"$state/nodes"
   exit 0
 fi
 "$here/down.sh"

@@ -2,8 +2,9 @@
 
     make demo-elastic
 
-Runs on the local cluster of `make up`. At a quarter of the steps a node with a worker loses power, at half of them a
-new node joins, at three quarters one gets a spot notice. Ends with a picture of both curves and a table of losses.
+Runs on the local cluster of `make up`. At a quarter of the steps a node with a worker is killed, at half of them a new
+node joins, at three quarters one gets a spot notice. Ends with a picture of both curves and a table of losses; the
+cluster has the nodes that it had.
 """
 
 import itertools
@@ -12,7 +13,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ RECIPE = "jobs/recipes/demo_elastic.toml"
 NODE = "cluster/local/node.sh"
 PICTURE = "curves.png"
 DRAIN_S = 60
+END_WAIT_S = 10.0
+"""Time that a node which drains has beyond its deadline."""
 POLL_S = 0.2
 
 
@@ -39,12 +42,19 @@ class Disturbance:
     after: float
     """Part of the steps."""
     command: tuple[str, ...]
+    ends: str | None = None
+    """The node that goes."""
 
 
 DISTURBANCES = (
-    Disturbance(name="worker-1 loses power", after=0.25, command=(NODE, "kill", "worker-1")),
+    Disturbance(name="worker-1 is killed", after=0.25, command=(NODE, "kill", "worker-1"), ends="worker-1"),
     Disturbance(name="a node joins", after=0.5, command=(NODE, "add")),
-    Disturbance(name="worker-2 gets a spot notice", after=0.75, command=(NODE, "drain", "worker-2", str(DRAIN_S))),
+    Disturbance(
+        name="worker-2 gets a spot notice",
+        after=0.75,
+        command=(NODE, "drain", "worker-2", str(DRAIN_S)),
+        ends="worker-2",
+    ),
 )
 
 
@@ -55,27 +65,63 @@ def main() -> None:
     for name in ("clean", "tokenizer", "tokenize", "quiet"):
         if find_finished(recipe, recipe.step(name)) is None:
             subprocess.run(["ray-ds", "submit", name, RECIPE, *sys.argv[1:]], check=True)
-    elastic = recipe.step("elastic")
-    notes: list[dict[str, Any]] = []
-    if find_finished(recipe, elastic) is None:
-        notes = run_disturbed(recipe)
-        (Path(recipe.run_dir) / "disturbances.json").write_text(json.dumps(notes))
-        start_again()
+    if find_finished(recipe, recipe.step("elastic")) is None:
+        before = set(node_states())
+        notes: list[dict[str, Any]] = []
+        try:
+            status = run_disturbed(recipe, notes)
+        finally:
+            notes_file(recipe).write_text(json.dumps(notes))
+            bring_back(before, DISTURBANCES[: len(notes)])
+        if status:
+            sys.exit(f"the elastic run ended with exit status {status}; the same command goes on with it")
     else:
         print("the elastic run is finished; delete its artefact to disturb it again")
-        notes = json.loads((Path(recipe.run_dir) / "disturbances.json").read_text())
-    show(recipe, notes)
+    show(recipe, read_notes(recipe))
 
 
-def run_disturbed(recipe: Recipe) -> list[dict[str, Any]]:
-    """Submit the elastic step, disturb it as it goes, and return what happened when."""
+def notes_file(recipe: Recipe) -> Path:
+    """Return where the disturbances of the elastic step's run are written down."""
+    digest = Path(step_uri(recipe, recipe.step("elastic"))).name
+    return Path(recipe.run_dir) / f"disturbances-{digest}.json"
+
+
+def read_notes(recipe: Recipe) -> list[dict[str, Any]]:
+    """Return what happened when; nothing, and a word, where a run was finished without this command."""
+    file = notes_file(recipe)
+    if not file.exists():
+        print(f"nothing is known of disturbances: there is no {file}")
+        return []
+    notes: list[dict[str, Any]] = json.loads(file.read_text())
+    return notes
+
+
+def count_steps(live: Path, known: int) -> int:
+    """Return the steps in a run's live metrics; `known`, those seen last, where the file is not there.
+
+    A run that goes back writes its file anew, so fewer steps count once a second look has found them too.
+    """
+    for delay_s in (POLL_S, 0.0):
+        if not live.exists():
+            return known
+        if (steps := live.read_text().count("\n")) >= known:
+            return steps
+        time.sleep(delay_s)
+    return steps
+
+
+def run_disturbed(recipe: Recipe, notes: list[dict[str, Any]]) -> int:
+    """Submit the elastic step, disturb it as it goes, and return its job's exit status.
+
+    Args:
+        notes: is given what happens, as it does.
+    """
     step = recipe.step("elastic")
     live = Path(step_uri(recipe, step)) / "work" / "metrics.jsonl"
     job = subprocess.Popen(["ray-ds", "submit", "elastic", RECIPE, *sys.argv[1:]])
-    notes: list[dict[str, Any]] = []
     most = 0
     while job.poll() is None:
-        done = live.read_text().count("\n") if live.exists() else most
+        done = count_steps(live, most)
         if done < most and notes:
             notes[-1]["steps_again"] += most - done
         most = done
@@ -85,19 +131,24 @@ def run_disturbed(recipe: Recipe) -> list[dict[str, Any]]:
             print(f"\n>>> step {done}: {disturbance.name}", flush=True)
             subprocess.run(disturbance.command, check=True)
         time.sleep(POLL_S)
-    if job.returncode:
-        sys.exit(f"the elastic run ended with exit status {job.returncode}")
-    return notes
+    return job.returncode
 
 
-def start_again() -> None:
-    """Start the nodes that were taken down, once those that drained have ended."""
-    deadline = time.monotonic() + DRAIN_S
-    while "changing" in (states := node_states()).values() and time.monotonic() < deadline:
+def bring_back(before: Collection[str], happened: Sequence[Disturbance]) -> None:
+    """Start the nodes that went, once those that drain have ended, and end those that joined.
+
+    Args:
+        before: names of the nodes that there were.
+    """
+    gone = {disturbance.ends for disturbance in happened if disturbance.ends}
+    deadline = time.monotonic() + DRAIN_S + END_WAIT_S
+    while any(node_states()[name] != "down" for name in gone) and time.monotonic() < deadline:
         time.sleep(POLL_S)
-    for name, state in states.items():
-        if state == "down":
+    for name, state in node_states().items():
+        if name in gone and state == "down":
             subprocess.run([NODE, "start", name], check=True)
+        elif name not in before:
+            subprocess.run([NODE, "kill", name], check=True)
 
 
 def node_states() -> dict[str, str]:

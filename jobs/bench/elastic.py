@@ -1,11 +1,12 @@
 """Measure what a killed, a joining and a draining node cost training, ours beside Ray Train's own elastic scaling.
 
-    python -m jobs.bench.elastic
-    python -m jobs.bench.elastic --no-peers --goodput-minutes 30 --stall-minutes 30
+    python -m jobs.bench.elastic                                          # everything: more than an hour
+    python -m jobs.bench.elastic --goodput-minutes 0 --stall-minutes 0    # the disturbances alone: some ten minutes
 
-It starts raylets of its own on this host: a head, and two nodes for a worker each. Training is the train stage's, of a
-tiny model. Both sides have the same loop and checkpoints; ours has its policies and its snapshots in memory, the peer
-is `scaling = "stock"` without snapshots. Times end with the end of the first step of the new group.
+It starts raylets of its own on this host: a head, and two nodes for a worker each, with the health checks of
+`cluster/settings.env`. Training is the train stage's, of a tiny model. Both sides have the same loop and checkpoints;
+ours has its policies and its snapshots in memory, the peer is `scaling = "stock"` without snapshots. Times end with the
+end of the first step of the new group. Goodput and false deaths are ours alone; both are counted while training runs.
 """
 
 import argparse
@@ -52,9 +53,8 @@ def main() -> None:
         results = {side: measure(Path(folder) / side, side, options) for side in sides}
         if options.goodput_minutes:
             results["graceful"]["goodput"] = measure_goodput(Path(folder) / "goodput", options)
-    if options.stall_minutes:
-        with start_nodes(2) as nodes:
-            results["graceful"]["false_deaths"] = count_false_deaths(nodes, options.stall_minutes, options.seed)
+        if options.stall_minutes:
+            results["graceful"] |= measure_stalls(Path(folder) / "stalls", options)
     print_table(results)
     inputs = {**vars(options), "cpus": os.cpu_count(), "ray": ray.__version__, "torch": torch.__version__}
     peers = {f"stock_{name}": value for name, value in results.get("stock", {}).items()}
@@ -66,9 +66,11 @@ def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--no-peers", action="store_true", help="leave Ray Train's own scaling out")
     parser.add_argument("--steady-s", type=float, default=30.0, help="undisturbed training before each disturbance")
-    parser.add_argument("--goodput-minutes", type=float, default=0.0, help="train for so long with a kill now and then")
+    parser.add_argument(
+        "--goodput-minutes", type=float, default=30.0, help="train so long with a kill now and then; 0: not"
+    )
     parser.add_argument("--kill-every-s", type=float, default=600.0, help="time between those kills")
-    parser.add_argument("--stall-minutes", type=float, default=0.0, help="look for nodes falsely declared dead")
+    parser.add_argument("--stall-minutes", type=float, default=30.0, help="look so long for false deaths; 0: not")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
@@ -234,6 +236,18 @@ def measure_goodput(folder: Path, options: argparse.Namespace) -> float:
         finally:
             training.end()
     return float(training.records[-1]["goodput"])
+
+
+def measure_stalls(folder: Path, options: argparse.Namespace) -> dict[str, float]:
+    """Train while all CPUs are busy and daemons stall; return the nodes declared dead and the restarts of training."""
+    with start_nodes(2) as nodes:
+        training = Training(folder, "graceful")
+        try:
+            training.wait_for_workers(2)
+            false_deaths = count_false_deaths(nodes, options.stall_minutes, options.seed)
+        finally:
+            training.end()
+    return {"false_deaths": false_deaths, "false_restarts": training.records[-1]["restarts"]}
 
 
 def print_table(results: Mapping[str, Mapping[str, float]]) -> None:

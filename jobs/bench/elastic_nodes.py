@@ -13,15 +13,10 @@ import psutil
 import ray
 from ray.cluster_utils import Cluster
 
+from ray_ds.verify.node_settings import HEALTH_GOOD
+
 STORE_BYTES = 100_000_000
 NODE_MEMORY = 2_000_000_000
-HEALTH_CHECKS = {
-    "health_check_initial_delay_ms": 1000,
-    "health_check_period_ms": 500,
-    "health_check_timeout_ms": 3000,
-    "health_check_failure_threshold": 4,
-}
-"""Those of the local cluster, `cluster/local/nodes.sh`."""
 STALL_S = 1.0
 WAIT_S = 300.0
 
@@ -42,7 +37,7 @@ class Nodes:
         return [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
 
     def kill(self, node_id: str) -> None:
-        """Kill a node as a power cut does: its raylet and its workers at once."""
+        """Kill a node's raylet and its workers at once; the host still refuses whoever asks for them."""
         raylet = self._raylet(node_id)
         for process in [raylet, *raylet.children(recursive=True)]:
             with suppress(psutil.NoSuchProcess):
@@ -74,7 +69,7 @@ def start_nodes(count: int, *, num_gpus: int = 0, store_bytes: int = STORE_BYTES
         num_gpus: of each node, as it says; nodes of one host have the same ones.
     """
     head = {"num_cpus": 0, "object_store_memory": STORE_BYTES, "include_dashboard": False, "no_monitor": True}
-    cluster = Cluster(initialize_head=True, head_node_args={**head, "_system_config": HEALTH_CHECKS})
+    cluster = Cluster(initialize_head=True, head_node_args={**head, "_system_config": HEALTH_GOOD})
     nodes = Nodes(cluster, num_gpus, store_bytes)
     try:
         ray.init(address=cluster.address, log_to_driver=False, namespace="ray_ds")

@@ -33,11 +33,6 @@ class Sampler:
         self._epoch: tuple[int, list[NDArray[np.int64]], NDArray[np.int64]] | None = None
         self._window: tuple[int, int, NDArray[np.int64]] | None = None
 
-    @property
-    def steps_per_epoch(self) -> int:
-        """Return the number of steps after which every row has been seen."""
-        return -(-self.num_rows // self.batch_rows)
-
     def rows(self, step: int) -> NDArray[np.int64]:
         """Return the global row indices of a step, (batch_rows,); steps count from 0."""
         assert step >= 0

@@ -141,10 +141,6 @@ class TokenSplit:
         if self._cache is not None:
             self._cache.stop_reading()
 
-    def shards_of(self, indices: NDArray[np.int64], seq_len: int) -> list[int]:
-        """Return the shards that rows are in, in order."""
-        return [int(shard) for shard in np.unique(np.searchsorted(self._ends(seq_len), indices, side="right"))]
-
     def shard_rows(self, seq_len: int) -> list[int]:
         """Return how many whole rows each shard has."""
         return [max(tokens - 1, 0) // seq_len for tokens in self.tokens_per_shard]

@@ -72,11 +72,3 @@ def sum_loss(model: LossModel, split: TokenSplit, spans: Sequence[Span], device:
     with torch.inference_mode():
         nats = model(torch.from_numpy(tokens).to(device), targets=torch.from_numpy(targets).to(device))
     return float(nats)
-
-
-def score_split(
-    model: LossModel, split: TokenSplit, spans: Sequence[Span], num_bytes: int, micro_batch: int, device: str = "cpu"
-) -> Score:
-    """Return what spans of a split cost a model, in this process."""
-    nats = math.fsum(sum_loss(model, split, batch, device) for batch in micro_batches(spans, micro_batch))
-    return Score(nats=nats, tokens=sum(span.num_targets for span in spans), bytes=num_bytes)

@@ -83,11 +83,6 @@ class SnapshotCadence:
         self._is_wanted = True
 
     @property
-    def cost_s(self) -> float | None:
-        """What the next snapshot is expected to cost; None before one was measured."""
-        return max(self._costs) if self._costs else None
-
-    @property
     def overhead(self) -> float | None:
         """The part of the time that snapshots take at the present interval; None before one was measured."""
         if not self._costs or not self._quiet:

@@ -14,6 +14,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
+from ray_ds.logs import log_event
 from ray_ds.model.balance import max_violation
 
 Record = Mapping[str, float | int | bool]
@@ -37,7 +38,7 @@ FIELDS: Mapping[str, str] = {
     "grad_norm": "Norm of the gradient before clipping",
     "seconds": "Duration of the step",
     "tokens_per_s": "Tokens a second in the step, of all workers together",
-    "mfu": "Part of the devices' peak that the model's own work was",
+    "mfu": "Part of the devices' peak that the model's own work was; a log line says where that is unknown",
     "goodput": "Part of the run's time spent on steps that count",
     "elapsed_s": "Seconds since the first step began, but for those without a job",
     "lost_s": "Seconds lost to restarts: waiting, starting, steps that run again",
@@ -73,8 +74,26 @@ SHOWN = (
 LOSS_STEPS = 50
 """Steps whose mean is called the training loss at the end."""
 
-PEAK_FLOPS: Mapping[str, float] = {"H100": 989.4e12, "H200": 989.4e12, "GH200": 989.4e12, "A100": 312e12}
-"""Dense bf16 and fp16 peak by a word in the GPU's name, of the SXM forms, from NVIDIA's data sheets."""
+PEAK_TFLOPS: Mapping[str, float] = {
+    "H100 PCIe": 756.5,
+    "H100 NVL": 835.5,
+    "H100": 989.4,
+    "H200 NVL": 835.5,
+    "H200": 989.4,
+    "GH200": 989.4,
+    "B200": 2250.0,
+    "GB200": 2500.0,
+    "A100": 312.0,
+    "A10": 125.0,
+    "L4": 121.0,
+    "L40": 181.05,
+    "L40S": 362.05,
+    "RTX 4090": 165.2,
+}
+"""Dense bf16 and fp16 products with fp32 sums by words of the GPU's name, from NVIDIA's data sheets, which give twice
+that where they count sparsity; of several names that fit the first counts. H100, H200, B200 alone are the SXM forms."""
+OTHER_FORMS = frozenset({"D", "Laptop", "MIG"})
+"""Words that make of a GPU's name one that does less."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -204,15 +223,25 @@ def summarise(records: Sequence[Record], *, model_step: int) -> dict[str, Any]:
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """Return what one worker's device could do a second, or None where that is unknown.
+    """Return what one worker's device could do a second, or None where that is unknown, which is logged.
 
     On a GPU it is a data sheet's value, on a CPU what a matrix product reaches.
     """
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        known = [peak for word, peak in PEAK_FLOPS.items() if word in name.replace("-", " ").split()]
-        return known[0] if known and dtype != torch.float32 else None
-    return _measured_peak(dtype)
+    if device.type != "cuda":
+        return _measured_peak(dtype)
+    name = torch.cuda.get_device_name(device)
+    peak = _published_peak(name) if dtype != torch.float32 else None
+    if peak is None:
+        log_event("peak_unknown", device=name, dtype=str(dtype).removeprefix("torch."), reason="so there is no mfu")
+    return peak
+
+
+def _published_peak(name: str) -> float | None:
+    """Return the peak of a GPU by the name that its driver gives, such as `NVIDIA A100-SXM4-80GB`."""
+    words = set(name.replace("-", " ").split())
+    if words & OTHER_FORMS:
+        return None
+    return next((tflops * 1e12 for kind, tflops in PEAK_TFLOPS.items() if words.issuperset(kind.split())), None)
 
 
 def _measured_peak(dtype: torch.dtype, size: int = 768, repeats: int = 5) -> float:

@@ -1,6 +1,5 @@
 """The job of a verification: it runs the checks on the cluster that it is a job of."""
 
-import argparse
 import logging
 import os
 import secrets
@@ -11,8 +10,9 @@ from typing import NoReturn
 import ray
 
 from ray_ds import storage
+from ray_ds.config.arguments import ArgumentParser
 from ray_ds.config.paths import absolute_path
-from ray_ds.errors import ClusterError, ConfigError
+from ray_ds.errors import ClusterError
 from ray_ds.on_ray.session import connect
 from ray_ds.on_ray.stopping import end_on_sigterm
 from ray_ds.verify.checks import choose_checks
@@ -26,13 +26,6 @@ RESERVE_S = 30.0
 """Of the time, what is left for cleaning up and the report."""
 
 
-class _Parser(argparse.ArgumentParser):
-    """A parser that answers bad arguments the way bad settings are answered."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError("arguments", message, "must fit the usage", self.format_usage().strip())
-
-
 def run(arguments: Sequence[str]) -> int:
     """Run the job with its arguments; return 0 where nothing is wrong, else 1.
 
@@ -40,7 +33,7 @@ def run(arguments: Sequence[str]) -> int:
         ConfigError: an argument is wrong.
         ClusterError: there is no cluster, or not as many GPUs as were asked for.
     """
-    parser = _Parser(prog="python -m jobs.verify_cluster")
+    parser = ArgumentParser(prog="python -m jobs.verify_cluster")
     add_options(parser)
     options = read_options(parser.parse_args(arguments))
     checks = choose_checks(options.only, options.skip)

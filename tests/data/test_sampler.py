@@ -1,5 +1,6 @@
 """The order of rows: every row once an epoch, near its shard, whatever was asked before."""
 
+import math
 import random
 from itertools import pairwise
 
@@ -33,8 +34,6 @@ def test_every_epoch_has_every_row_once(case: int) -> None:
     rows = stream(sampler, 3 * total)
     for epoch in range(3):
         assert sorted(rows[epoch * total : (epoch + 1) * total]) == list(range(total))
-    assert sampler.steps_per_epoch == -(-total // batch_rows)
-    assert set(np.concatenate([sampler.rows(step) for step in range(sampler.steps_per_epoch)])) == set(range(total))
 
 
 @pytest.mark.shows("The rows of a step are a pure function of seed and step; every row comes once an epoch")
@@ -43,7 +42,7 @@ def test_order_is_a_pure_function_of_the_step(case: int) -> None:
     shard_rows, window_shards, batch_rows = sizes(case)
     arguments = {"seed": 3, "window_shards": window_shards, "batch_rows": batch_rows}
     used = Sampler(shard_rows, **arguments)
-    steps = list(range(2 * used.steps_per_epoch))
+    steps = list(range(2 * math.ceil(used.num_rows / batch_rows)))
     in_order = {step: used.rows(step).tolist() for step in steps}
     random.Random(case).shuffle(steps)
     assert all(used.rows(step).tolist() == in_order[step] for step in steps)

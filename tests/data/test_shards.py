@@ -113,7 +113,6 @@ def test_remote_shards_are_those_written_and_fetched_when_used(tmp_path: Path, s
         assert split.row(index, 100).tolist() == local.row(index, 100).tolist()
     assert [name.rpartition("/")[2] for name in store.fetched()] == ["00000.arrow", "00001.arrow", "00003.arrow"]
     assert not split.shard_tokens(0).flags.owndata and not split.shard_tokens(0).flags.writeable
-    assert split.shards_of(np.array([1231, 3, 4]), 100) == [0, 1, 3]
     assert list(split.doc_ids()) == list(local.doc_ids()) and split.num_documents == local.num_documents == 4
     assert [ids.tolist() for ids in split.documents()] == [ids.tolist() for ids in local.documents()]
     assert len(store.fetched()) == 4

@@ -17,6 +17,7 @@ from ray_ds.data.sample_text import king_james_chapters
 
 PROJECT = Path(__file__).parent.parent.parent
 BIN = Path(sys.executable).parent
+SOAK_RESULTS = PROJECT / "tests/end_to_end/soak_results"
 
 RECIPE = """
 name = "mini"

@@ -1,12 +1,18 @@
-"""The head is killed and started again over a store that kept its tables: nodes, actors and jobs are found again."""
+"""The head is killed and started again over a store that kept its tables: what ran on it is found again or goes on."""
 
+import dataclasses
+import json
+import re
 import shutil
 import subprocess
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from tests.end_to_end.conftest import BIN, PROJECT, free_ports, start_cluster
+from tests.end_to_end.conftest import BIN, PROJECT, Site, free_ports, start_cluster
+from tests.end_to_end.test_job_stop import wait_for_steps
 from tests.end_to_end.test_local_nodes import NODE, drive
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -48,24 +54,72 @@ else:
 """
 
 
+STEPS, CHECKPOINT_EVERY = 600, 20
+"""So many steps that the workers, which live on for some seconds without a head, do not come to the end."""
+TRAIN = ("submit", "train", "jobs/recipes/mini.toml", f"--train.steps={STEPS}", "--train.log_every=1")
+OFTEN = f"--train.checkpoint_every={CHECKPOINT_EVERY}"
+
+
+@contextmanager
+def cluster_with_store(folder: Path, store: str) -> Iterator[Mapping[str, str]]:
+    """Start the local cluster with a store that outlives its head; yield the environment of its clients."""
+    if store == "redis":
+        assert shutil.which("redis-server"), "install Debian's redis-server"
+    environment = start_cluster(folder, free_ports(2), RAY_DS_GCS_STORE=store)
+    try:
+        yield environment
+    finally:
+        subprocess.run([PROJECT / "cluster/local/down.sh"], env=environment, check=True, capture_output=True)
+
+
+def restart_head(environment: Mapping[str, str], *what: str) -> None:
+    command = [NODE, "restart-head", *what]
+    subprocess.run(command, env=environment, check=True, capture_output=True, timeout=120)
+
+
 @pytest.mark.shows("The head is killed and started again over Redis or Ray's RocksDB store: actors and jobs are kept")
 @pytest.mark.parametrize("store", ["redis", "rocksdb"])
 def test_nodes_actors_and_jobs_outlive_the_head(store: str, tmp_path: Path) -> None:
-    if store == "redis":
-        assert shutil.which("redis-server"), "install Debian's redis-server"
-    environment = start_cluster(tmp_path / "cluster", free_ports(2), RAY_DS_GCS_STORE=store)
     submit = [BIN / "ray", "job", "submit", "--submission-id", "before", "--", "python", "-c", "print(1)"]
-    try:
+    with cluster_with_store(tmp_path / "cluster", store) as environment:
         subprocess.run(submit, env=environment, check=True, capture_output=True, timeout=90)
         assert drive(environment, "KIND = None\n" + BODY) == {"count": 1}
         for number, kind in enumerate(["gcs", "node"]):
-            restart = [NODE, "restart-head", *([kind] if kind == "gcs" else [])]
-            subprocess.run(restart, env=environment, check=True, capture_output=True, timeout=120)
+            restart_head(environment, *([kind] if kind == "gcs" else []))
             assert drive(environment, f"KIND = {kind!r}\n" + BODY) == {
                 "counts": [2 + number],
                 "addresses": ["127.0.0.2", "127.0.0.3"],
                 "alive": ["127.0.0.2", "127.0.0.3", "127.0.0.4"],
                 "job": "SUCCEEDED",
             }
-    finally:
-        subprocess.run([PROJECT / "cluster/local/down.sh"], env=environment, check=True, capture_output=True)
+
+
+@pytest.mark.shows(
+    "A training job whose head is killed and started again ends with status 75; submitted again it goes on"
+)
+@pytest.mark.timeout(900)
+def test_training_goes_on_after_its_head_was_lost(
+    site: Site, finished: subprocess.CompletedProcess[str], tmp_path: Path
+) -> None:
+    before = {path.name for path in (site.folder / "runs/mini/train").iterdir()}
+    log = tmp_path / "log"
+    with cluster_with_store(tmp_path / "cluster", "redis") as environment:
+        here = dataclasses.replace(site, environment=environment)
+        with (
+            log.open("w") as out,
+            subprocess.Popen(
+                [str(BIN / "ray-ds"), *TRAIN, OFTEN], cwd=here.folder, env=environment, stdout=out, stderr=out
+            ) as job,
+        ):
+            try:
+                folder = wait_for_steps(site.folder / "runs/mini/train", before, job, at_least=CHECKPOINT_EVERY + 5)
+                restart_head(environment)
+                assert job.wait(120) == 75, log.read_text()[-3000:]
+            finally:
+                job.kill()
+        again = here.ray_ds(*TRAIN, OFTEN)
+    assert again.returncode == 0, again.stdout[-3000:]
+    first = int(re.findall(r"stepping .*step=(\d+)$", again.stdout, re.MULTILINE)[0])
+    assert first > CHECKPOINT_EVERY and first % CHECKPOINT_EVERY == 1, "it goes on behind a checkpoint"
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == list(range(1, STEPS + 1))

@@ -5,15 +5,15 @@ does (`ray-ds submit`), sends SIGKILL when a drawn share of the work is done and
 and submits again when the job's driver was killed, until the step is finished. What is killed:
 
     worker   one process that does the step's work, a Ray Data task or a Ray Train worker
-    node     a worker node as when its machine loses power: raylet, workers and agents; it is started again at once
+    node     a worker node: its raylet, workers and agents at once; it is started again
     driver   the job's own process
 
 Only processes below those that `up.sh` recorded for this test's cluster are killed. Every round must give what the
 quiet run gave: cleaning the sha256 of every file, training every figure of every step to the last bit and the same
 model files. And a kill may cost no more than what was under way.
 
-The results are kept in `runs/soak/<step>.json` below the project: seed, seconds, the outcome, and for every round what
-was killed when, how often the step was submitted, how many units or steps were done again. A round that breaks off
+The results are kept in `soak_results/<step>.json` beside this file: seed, seconds, the outcome, and for every round
+what was killed when, how often the step was submitted, how many units or steps were done again. A round that breaks off
 stands there as `unfinished`. The same seed draws the same schedule; which process it meets depends on the machine.
 """
 
@@ -34,7 +34,7 @@ from typing import IO, Any, Literal
 import pytest
 
 from ray_ds.data.sample_text import king_james_chapters
-from tests.end_to_end.conftest import BIN, PROJECT, Site
+from tests.end_to_end.conftest import BIN, PROJECT, SOAK_RESULTS, Site
 from tests.train.runs import curve
 
 pytestmark = [pytest.mark.soak, pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -239,8 +239,7 @@ def keep(subject: Subject, rounds: list[Round], started: float) -> str:
         "kills": kinds,
         "rounds": [asdict(row) for row in rounds],
     }
-    path = PROJECT / f"runs/soak/{subject.step}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = SOAK_RESULTS / f"{subject.step}.json"
     path.write_text(json.dumps(results, indent=1) + "\n")
     counts = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
     repeats = sum(row.repeats for row in rounds)
@@ -294,8 +293,8 @@ TRAIN = Subject(
     step="train",
     overrides=(f"--train.steps={STEPS}", f"--train.checkpoint_every={CHECKPOINT_EVERY}", "--train.log_every=1"),
     unit="steps",
-    victims={"worker": "ray::RayTrainWorker", "driver": "python -m jobs.train_model"},
-    num_rounds=4,
+    victims={"worker": "ray::RayTrainWorker", "node": "worker-", "driver": "python -m jobs.train_model"},
+    num_rounds=5,
     kills_a_round=2,
     count_done=count_steps,
     max_repeats=CHECKPOINT_EVERY,

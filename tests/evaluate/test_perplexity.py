@@ -1,6 +1,7 @@
 """Loss, perplexity and bits per byte against sums done by hand, for any batch, row length and worker."""
 
 import math
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,8 +13,8 @@ from torch import Tensor, nn
 from ray_ds.config.model import ModelConfig
 from ray_ds.data.shard_file import write_shard
 from ray_ds.data.shards import TokenSplit
-from ray_ds.evaluate.perplexity import Score, bits_per_byte, score_split
-from ray_ds.evaluate.spans import plan_spans, span_inputs, span_targets
+from ray_ds.evaluate.perplexity import LossModel, Score, bits_per_byte, micro_batches, sum_loss
+from ray_ds.evaluate.spans import Span, plan_spans, span_inputs, span_targets
 from ray_ds.model.decoder import Decoder
 from ray_ds.model.initial import init_weights
 
@@ -41,6 +42,10 @@ def split(tmp_path: Path) -> TokenSplit:
     return TokenSplit.open(str(tmp_path), "validation")
 
 
+def sum_nats(model: LossModel, split: TokenSplit, spans: Sequence[Span], micro_batch: int) -> float:
+    return math.fsum(sum_loss(model, split, batch) for batch in micro_batches(spans, micro_batch))
+
+
 @pytest.mark.parametrize(("seq_len", "micro_batch"), [(1, 1), (5, 3), (16, 4), (1000, 2), (16, 1000)])
 def test_loss_is_the_sum_over_every_target(split: TokenSplit, seq_len: int, micro_batch: int) -> None:
     model = BigramTable()
@@ -49,8 +54,9 @@ def test_loss_is_the_sum_over_every_target(split: TokenSplit, seq_len: int, micr
     for shard in range(split.num_shards):
         stream = split.shard_tokens(shard).tolist()
         expected -= sum(math.log(probabilities[a, b]) for a, b in pairwise(stream))
-    score = score_split(model, split, plan_spans(split, seq_len), 400, micro_batch)
-    assert score.tokens == 100 + 6 + 63
+    spans = plan_spans(split, seq_len)
+    score = Score(nats=sum_nats(model, split, spans, micro_batch), tokens=100 + 6 + 63, bytes=400)
+    assert sum(span.num_targets for span in spans) == score.tokens
     assert score.nats == pytest.approx(expected, rel=1e-12)
     assert score.perplexity == pytest.approx(math.exp(expected / 169), rel=1e-12)
     assert score.bits_per_byte == pytest.approx(expected / 400 / math.log(2), rel=1e-12)
@@ -80,7 +86,7 @@ def test_padding_of_short_rows_does_not_change_a_decoder(split: TokenSplit) -> N
             logits = decoder(torch.from_numpy(span_inputs(split, span).astype(np.int64))[None])[0].double()
             targets = torch.from_numpy(span_targets(split, span).astype(np.int64))
             one_by_one -= torch.log_softmax(logits, -1)[torch.arange(len(targets)), targets].sum().item()
-    assert score_split(decoder, split, spans, 1, 3).nats == pytest.approx(one_by_one, rel=1e-5)
+    assert sum_nats(decoder, split, spans, micro_batch=3) == pytest.approx(one_by_one, rel=1e-5)
 
 
 def test_uniform_guessing_costs_log2_of_the_vocabulary() -> None:

@@ -137,7 +137,7 @@ def worker_node_ids() -> list[str]:
 
 
 def kill_node(cluster: Cluster, node_id: str) -> None:
-    """Kill a node as a power cut does: its raylet and all its workers at once."""
+    """Kill a node's raylet and all its workers at once."""
     raylet = psutil.Process(raylet_pid(cluster, node_id))
     for process in [raylet, *raylet.children(recursive=True)]:
         os.kill(process.pid, signal.SIGKILL)

@@ -1,6 +1,6 @@
 """Nodes die, join and drain by drawn schedules, and no loss tells.
 
-`make soak` plays fifty of them and keeps the results in `runs/soak/nodes.json`.
+`make soak` plays fifty of them and keeps the results in `tests/end_to_end/soak_results/nodes.json`.
 """
 
 import json
@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from ray.cluster_utils import Cluster
 
+from tests.end_to_end.conftest import SOAK_RESULTS
 from tests.on_ray.kill_join_schedules import Outcome, draw, play, undisturbed_losses
 from tests.on_ray.two_nodes import start_cluster
 
@@ -19,7 +20,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 NUM_STEPS = 2500
 """Of the quiet run: more than the longest schedule trains for."""
 SOAK_SEEDS = range(100, 150)
-RESULTS = Path(__file__).parents[2] / "runs/soak/nodes.json"
+RESULTS = SOAK_RESULTS / "nodes.json"
 
 
 @pytest.fixture(scope="module")
@@ -65,5 +66,4 @@ def keep(outcomes: list[Outcome]) -> None:
         "largest_difference": max(outcome.largest_difference for outcome in outcomes),
         "outcomes": [outcome.as_json() for outcome in outcomes],
     }
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")

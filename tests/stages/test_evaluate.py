@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,8 @@ from ray_ds.data.tokenization import TokenizeJob, sum_counts, tokenize_file
 from ray_ds.errors import ArtifactError, ConfigError
 from ray_ds.evaluate.compression import conditional_bits_per_byte, xz_bytes
 from ray_ds.evaluate.ngrams import bigram_nats, fit_bigram
-from ray_ds.evaluate.perplexity import bits_per_byte, score_split
-from ray_ds.evaluate.spans import plan_spans
+from ray_ds.evaluate.perplexity import LossModel, Score, bits_per_byte, micro_batches, sum_loss
+from ray_ds.evaluate.spans import Span, plan_spans
 from ray_ds.model.checkpoint_folder import load_checkpoint_folder, save_checkpoint_folder
 from ray_ds.model.decoder import Decoder
 from ray_ds.model.initial import init_weights
@@ -73,6 +74,12 @@ def make_quantized(folder: Path, checkpoint: Artifact) -> Artifact:
     return run.commit({"tokenizer_digest": "t0"}, seconds=0.0)
 
 
+def score(model: LossModel, split: TokenSplit, spans: Sequence[Span], num_bytes: int, *, micro_batch: int) -> Score:
+    """Return what spans of a split cost a model in this process."""
+    nats = math.fsum(sum_loss(model, split, batch) for batch in micro_batches(spans, micro_batch))
+    return Score(nats=nats, tokens=sum(span.num_targets for span in spans), bytes=num_bytes)
+
+
 @pytest.mark.ray
 @pytest.mark.slow
 def test_report_is_what_one_process_computes(tmp_path: Path, local_ray: str) -> None:
@@ -85,7 +92,7 @@ def test_report_is_what_one_process_computes(tmp_path: Path, local_ray: str) -> 
     train, validation = (TokenSplit.open(shards.uri, "train"), TokenSplit.open(shards.uri, "validation"))
     spans = plan_spans(validation, 32)
     num_bytes = shards.fact("bytes", "validation")
-    expected = score_split(decoder, validation, spans, num_bytes, 3)
+    expected = score(decoder, validation, spans, num_bytes, micro_batch=3)
     assert report.fact("tokens") == shards.fact("tokens", "validation") - validation.num_shards
     assert report.fact("bytes") == num_bytes
     assert report.fact("loss") == pytest.approx(expected.loss, rel=1e-6)
@@ -113,7 +120,7 @@ def test_quantized_model_and_part_of_the_tokens(tmp_path: Path, local_ray: str) 
     assert "xz_bits_per_byte" not in report.manifest.facts
     model = load_quantized(Path(quantized.path("model")))
     validation = TokenSplit.open(shards.uri, "validation")
-    expected = score_split(model, validation, plan_spans(validation, 16, 300), report.fact("bytes"), 8)
+    expected = score(model, validation, plan_spans(validation, 16, 300), report.fact("bytes"), micro_batch=8)
     assert report.fact("loss") == pytest.approx(expected.loss, rel=1e-5)
 
 

@@ -1,11 +1,14 @@
+import logging
 from pathlib import Path
 
 import pytest
 import torch
 from matplotlib.figure import Figure
 
+from ray_ds.plan.devices import DEVICE_KINDS
 from ray_ds.train.metrics import (
     FIELDS,
+    PEAK_TFLOPS,
     SHOWN,
     MetricsLog,
     Work,
@@ -49,6 +52,48 @@ def test_curve_is_a_png_with_and_without_validation() -> None:
 def test_peak_of_a_cpu_is_what_a_matrix_product_reaches() -> None:
     peak = peak_flops(torch.device("cpu"), torch.float32)
     assert peak is not None and 1e8 < peak < 1e14
+
+
+@pytest.mark.parametrize(
+    ("name", "tflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989.4),
+        ("NVIDIA H100 PCIe", 756.5),
+        ("NVIDIA H100 NVL", 835.5),
+        ("NVIDIA H200", 989.4),
+        ("NVIDIA H200 NVL", 835.5),
+        ("NVIDIA GH200 480GB", 989.4),
+        ("NVIDIA B200", 2250.0),
+        ("NVIDIA GB200", 2500.0),
+        ("NVIDIA A100-SXM4-80GB", 312.0),
+        ("NVIDIA A100 80GB PCIe", 312.0),
+        ("NVIDIA A10", 125.0),
+        ("NVIDIA L4", 121.0),
+        ("NVIDIA L40", 181.05),
+        ("NVIDIA L40S", 362.05),
+        ("NVIDIA GeForce RTX 4090", 165.2),
+        ("NVIDIA GeForce RTX 4090 D", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("NVIDIA A10G", None),
+        ("NVIDIA T4", None),
+    ],
+)
+def test_peak_of_a_gpu_is_that_of_its_form_and_an_unknown_one_is_logged(
+    name: str, tflops: float | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    with caplog.at_level(logging.INFO, logger="ray_ds"):
+        peak = peak_flops(torch.device("cuda", 0), torch.bfloat16)
+    assert peak == (None if tflops is None else pytest.approx(tflops * 1e12))
+    told = f'peak_unknown device="{name}" dtype=bfloat16 reason="so there is no mfu"'
+    assert caplog.messages == ([told] if tflops is None else [])
+    assert peak_flops(torch.device("cuda", 0), torch.float32) is None
+
+
+def test_peaks_are_those_that_plans_go_by() -> None:
+    for kind in DEVICE_KINDS:
+        words = {"a100-80gb": "A100", "a100-40gb": "A100", "rtx4090": "RTX 4090"}.get(kind.name, kind.name.upper())
+        assert PEAK_TFLOPS[words] * 1e12 == pytest.approx(kind.peak_flops), kind.name
 
 
 def test_last_sign_of_an_earlier_process_survives_the_cut_and_a_torn_line(tmp_path: Path) -> None:

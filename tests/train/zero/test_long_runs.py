@@ -1,11 +1,13 @@
 """How far runs drift apart that differ only in the number of workers and the ZeRO stage."""
 
-import itertools
+import math
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import scipy.stats
 import torch
 
 from ray_ds.config.train import TrainSettings
@@ -17,10 +19,12 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 STAGES = (0, 1, 2, 3)
 WORLD_SIZES = (1, 2, 3)
 DENSE_STEPS, EXPERT_STEPS = 50, 200
-CONTROLS = tuple(f"permuted-{number}" for number in range(7))
+CONTROLS = tuple(f"permuted-{number}" for number in range(11))
 """One worker in ZeRO 1, which takes each step's micro-batches in another order; the first leaves them as they are."""
 EXPERT_RUNS: dict[int, tuple[int, ...]] = {1: (), 2: (0, 3), 3: (1, 2)}
 """Stages of the mixture's runs, by world size."""
+FALSE_ALARMS = 0.01
+"""Part of the controls that would count as too far apart themselves."""
 Curve = list[float]
 
 
@@ -74,6 +78,21 @@ def distance(one: Curve, other: Curve) -> float:
     return statistics.fmean(((a - b) / b) ** 2 for a, b in zip(one, other, strict=True)) ** 0.5
 
 
+def mean_distance(one: Curve, others: Sequence[Curve]) -> float:
+    return statistics.fmean(distance(one, other) for other in others if other is not one)
+
+
+def allowed_distance(controls: Sequence[Curve]) -> float:
+    """Return the mean distance from the controls that one more control exceeds in `FALSE_ALARMS` of the cases.
+
+    It is the one-sided prediction interval of Student's t over the mean distances of each from the others. These share
+    curves, so that the share is near `FALSE_ALARMS`, not exact: 3.5 % among 16 controls of which one was left out.
+    """
+    count, own = len(controls), [mean_distance(control, controls) for control in controls]
+    quantile: float = scipy.stats.t.ppf(1 - FALSE_ALARMS, count - 1)
+    return statistics.fmean(own) + quantile * statistics.stdev(own) * math.sqrt(1 + 1 / count)
+
+
 @pytest.mark.shows("50 steps of a dense model in fp32 are equal to 2e-6 for 1, 2 or 3 workers in ZeRO 0 to 3")
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 @pytest.mark.parametrize("stage", STAGES)
@@ -91,9 +110,9 @@ def test_experts_in_bf16_drift_as_far_as_permuted_micro_batches(
     curves: dict[Any, Curve], world_size: int, stage: int
 ) -> None:
     controls = [curves[name] for name in CONTROLS]
-    allowed = max(distance(one, other) for one, other in itertools.combinations(controls, 2))
-    found = statistics.fmean(distance(curves["experts", world_size, stage], control) for control in controls)
-    print(f"experts, {world_size} workers, ZeRO {stage}: {found:.2e} apart; permuted: {allowed:.2e}")
+    allowed = allowed_distance(controls)
+    found = mean_distance(curves["experts", world_size, stage], controls)
+    print(f"experts, {world_size} workers, ZeRO {stage}: {found:.2e} from permuted ones; allowed: {allowed:.2e}")
     assert controls[0][-1] < 0.1 * controls[0][0]
     assert 0 < allowed < 1e-2
     assert found <= allowed
