@@ -25,8 +25,8 @@ class Event:
     time: float
     """Seconds since 1970."""
     kind: str
-    """`workers_started`, `stepping`, `pause_asked`, `pause_withdrawn`, `safe`, `resizing`, `workers_lost`,
-    `stop_asked`, `waiting_for_nodes`."""
+    """`workers_started`, `stepping`, `pause_asked`, `leave_asked`, `pause_withdrawn`, `safe`, `resizing`,
+    `workers_lost`, `stop_asked`, `waiting_for_nodes`."""
     facts: Mapping[str, JsonValue]
     """What belongs to it: `attempt`, `workers`, `step`, `reason`."""
 
@@ -37,7 +37,7 @@ class Look:
 
     request: Request
     is_safe: bool
-    """Whether all workers of the group said that their state is safe."""
+    """Whether all workers of the group said that their state is as safe as is asked."""
     any_safe: bool
     """Whether one of them did."""
 
@@ -57,7 +57,8 @@ class _Worker:
     """What one worker last said."""
 
     place: str = ""
-    safe_at: int | None = None
+    met: Request = Request.NONE
+    """The request that its state was made safe for."""
 
 
 @dataclass
@@ -86,7 +87,7 @@ class Board:
         self.num_workers = num_workers
         self._workers = {}
         self._is_stepping = self._is_lost = False
-        if self.request is Request.PAUSE:
+        if self.request is not Request.STOP:
             self.request = Request.NONE
         self.note("workers_started", {"attempt": self.attempt, "workers": num_workers})
 
@@ -115,11 +116,11 @@ class Board:
             self._is_stepping = True
             self.note("stepping", {"attempt": attempt, "workers": self.num_workers, "step": step})
 
-    def safe(self, attempt: int, rank: int, step: int) -> None:
-        """Note that a worker's state is safe and that it does no more."""
+    def safe(self, attempt: int, rank: int, step: int, met: Request) -> None:
+        """Note that a worker's state is as safe as a request asked for, and that it does no more."""
         worker = self._worker(attempt, rank)
         if worker is not None:
-            worker.safe_at = step
+            worker.met = met
             if self._is_safe():
                 self.note("safe", {"attempt": attempt, "step": step})
 
@@ -128,14 +129,14 @@ class Board:
         self._records.append(record)
 
     def ask(self, request: Request, reason: str) -> None:
-        """Ask the workers for something; a request to stop stays."""
+        """Ask the workers for something, unless they were asked for as much; a request to stop stays."""
         if request > self.request:
             self.request = request
-            self.note("stop_asked" if request is Request.STOP else "pause_asked", {"reason": reason})
+            self.note(f"{request.name.lower()}_asked", {"reason": reason})
 
     def withdraw(self, reason: str) -> None:
         """Ask for no pause any more."""
-        if self.request is Request.PAUSE:
+        if self.request in (Request.PAUSE, Request.LEAVE):
             self.request = Request.NONE
             self.note("pause_withdrawn", {"reason": reason})
 
@@ -161,7 +162,7 @@ class Board:
 
     def look(self) -> Look:
         """Return the board for the scaling policy."""
-        any_safe = any(worker.safe_at is not None for worker in self._workers.values())
+        any_safe = any(worker.met is not Request.NONE for worker in self._workers.values())
         return Look(request=self.request, is_safe=self._is_safe(), any_safe=any_safe)
 
     def collect(self, num_events: int) -> News:
@@ -177,9 +178,11 @@ class Board:
         return self._workers.setdefault(rank, _Worker())
 
     def _is_safe(self) -> bool:
-        """Tell whether the whole group is safe."""
-        states = [worker.safe_at is not None for worker in self._workers.values()]
-        return 0 < self.num_workers == len(states) and all(states)
+        """Tell whether the whole group is as safe as it was asked to be."""
+        needed = max(self.request, Request.PAUSE)
+        return 0 < self.num_workers == len(self._workers) and all(
+            worker.met >= needed for worker in self._workers.values()
+        )
 
 
 def open_board(name: str) -> Any:

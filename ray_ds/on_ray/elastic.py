@@ -162,12 +162,14 @@ class GracefulElasticPolicy(ElasticScalingPolicy):  # type: ignore[misc, unused-
         if look.request is Request.STOP:
             return NoopDecision()
         now = time.monotonic()
-        if self._asked_at is None:
-            if now > worker_group_state.start_time + SPARE_DELAY_S:
-                self.spares.keep(self._held + self._joining)
-            if reason := self._reason_to_pause(worker_group_state, now):
-                self._call(self._board.ask.remote(Request.PAUSE, reason))
-                self._asked_at = now
+        if self._asked_at is None and now > worker_group_state.start_time + SPARE_DELAY_S:
+            self.spares.keep(self._held + self._joining)
+        request, reason = self._wanted(worker_group_state, now)
+        if request > look.request:
+            self._call(self._board.ask.remote(request, reason))
+            self._asked_at = now
+        elif self._asked_at is None:
+            return NoopDecision()
         elif look.is_safe:
             nodes = usable_nodes(self._need, self._held, self._plan.sizes.max_workers)
             size = self._plan.sizes.largest(room(nodes))
@@ -184,11 +186,23 @@ class GracefulElasticPolicy(ElasticScalingPolicy):  # type: ignore[misc, unused-
         self._held, self._joining = Counter(), Counter()
         return {NODE_LABEL: f"in({','.join(self._chosen)})"} if self._chosen else None
 
-    def _reason_to_pause(self, group: Any, now: float) -> str | None:
-        """Return why the group should change, if it should."""
+    def _wanted(self, group: Any, now: float) -> tuple[Request, str]:
+        """Return what to ask of the group, and why.
+
+        Memory keeps the state where one of several nodes goes and training goes on at once: each part lies on two.
+        """
+        leaving = self._held.keys() & draining_nodes()
+        if not leaving:
+            growth = self._reason_to_grow(group, now) if self._asked_at is None else None
+            return (Request.PAUSE, growth) if growth else (Request.NONE, "")
+        reason = f"nodes drain: {', '.join(sorted(node[:8] for node in leaving))}"
+        staying = usable_nodes(self._need, self._held, self._plan.sizes.max_workers, probe=False)
+        goes_on = self._plan.sizes.largest(room(staying)) > 0
+        return Request.PAUSE if len(leaving) == 1 < len(self._held) and goes_on else Request.LEAVE, reason
+
+    def _reason_to_grow(self, group: Any, now: float) -> str | None:
+        """Return why the group should grow, if it should."""
         size = sum(self._held.values())
-        if leaving := self._held.keys() & draining_nodes():
-            return f"nodes drain: {', '.join(sorted(node[:8] for node in leaving))}"
         nodes = usable_nodes(self._need, self._held, self._plan.sizes.max_workers, probe=False)
         offered = self._plan.sizes.largest(room(nodes))
         stands_s = self._offer.stands(offered if offered > size else 0, now)

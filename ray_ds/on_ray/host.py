@@ -10,6 +10,7 @@ import ray.train
 import torch
 import torch.distributed as dist
 
+from ray_ds.logs import log_event
 from ray_ds.on_ray.hang_watch import SAFE, step_of
 from ray_ds.on_ray.keepers import Keepers
 from ray_ds.on_ray.pulse import Pulse
@@ -83,12 +84,23 @@ class RayHost:
         """Make sure that no other job has taken over the run."""
         self._check_alone()
 
-    def safe(self, step: int) -> None:
-        """Say that the state is safe and wait; return only when told to stop."""
+    def safe(self, step: int, met: Request) -> Request:
+        """Say that the state is safe and wait; return when more is asked for."""
         self._pulse.beat(SAFE)
-        ray.get(self._board.safe.remote(self._attempt, self.rank, step))
-        while self._request is not Request.STOP:
+        self._tell_safe(step, met)
+        while self._request <= met and met is not Request.STOP:
             time.sleep(BEAT_S / 5)
+        return max(self._request, met)
+
+    def _tell_safe(self, step: int, met: Request) -> None:
+        """Tell the board; where it cannot be reached now, until it has heard."""
+        while True:
+            try:
+                ray.get(self._board.safe.remote(self._attempt, self.rank, step, met))
+                return
+            except ray.exceptions.ActorUnavailableError as error:
+                log_event("board_unreachable", rank=self.rank, reason=error)
+                time.sleep(BEAT_S)
 
     def close(self) -> None:
         """Say that this process has ended well."""
@@ -97,9 +109,15 @@ class RayHost:
     def _talk(self) -> None:
         """Tell the board where this process is and hear what is asked, until one of the two ends."""
         pause = max(BEAT_S, self.world_size / WORKERS_PER_BEAT_S)
+        is_heard = True
         while True:
             try:
                 self._request = ray.get(self._board.beat.remote(self._attempt, self.rank, self._place))
-            except ray.exceptions.RayError:
+                is_heard = True
+            except ray.exceptions.ActorDiedError:
                 return
+            except ray.exceptions.RayError as error:
+                if is_heard:
+                    log_event("board_unreachable", rank=self.rank, reason=error)
+                is_heard = False
             time.sleep(pause)

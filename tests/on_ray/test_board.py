@@ -28,16 +28,32 @@ def lose(board: Board, step: int) -> int:
 
 def test_a_group_is_safe_once_all_its_workers_are() -> None:
     board = running()
-    board.safe(1, 0, 7)
+    board.safe(1, 0, 7, Request.PAUSE)
     assert not board.look().is_safe and board.look().any_safe
-    board.safe(1, 1, 7)
+    board.safe(1, 1, 7, Request.PAUSE)
     assert board.look().is_safe
+
+
+def test_a_group_is_safe_again_only_when_all_have_done_what_they_were_asked_last() -> None:
+    board = running()
+    board.ask(Request.PAUSE, "a node drains")
+    for rank in (0, 1):
+        board.safe(1, rank, 7, Request.PAUSE)
+    board.ask(Request.LEAVE, "all nodes drain")
+    assert not board.look().is_safe and board.look().any_safe
+    board.safe(1, 0, 7, Request.LEAVE)
+    assert not board.look().is_safe
+    board.safe(1, 1, 7, Request.LEAVE)
+    assert board.look().is_safe
+    begin(board)
+    assert board.beat(2, 0, "") is Request.NONE
+    assert [event.kind for event in board.collect(0).events].count("leave_asked") == 1
 
 
 def test_what_workers_of_an_older_group_say_is_ignored() -> None:
     board = running(1)
     begin(board, 1)
-    board.safe(1, 0, 7)
+    board.safe(1, 0, 7, Request.PAUSE)
     board.beat(1, 0, "step 9")
     assert not board.look().any_safe
     assert board.fail({}) == 1 and board.furthest == 0
@@ -63,7 +79,7 @@ def test_losses_count_in_a_row_only_while_training_comes_no_further() -> None:
 def test_a_group_that_was_safe_lost_nothing() -> None:
     board = running(1)
     board.beat(1, 0, "step 3")
-    board.safe(1, 0, 3)
+    board.safe(1, 0, 3, Request.PAUSE)
     assert board.fail({}) == 0
 
 
@@ -76,7 +92,7 @@ def test_the_driver_sees_each_event_and_each_record_once() -> None:
     assert [event.kind for event in first.events] == ["workers_started", "stepping"]
     assert first.records == [{"step": 1}] and first.events[1].facts["step"] == 2
     board.ask(Request.STOP, "told")
-    board.safe(1, 0, 2)
+    board.safe(1, 0, 2, Request.STOP)
     second = board.collect(len(first.events))
     assert [event.kind for event in second.events] == ["stop_asked", "safe"] and second.records == []
 

@@ -150,7 +150,7 @@ class Cluster:
 
     def say_safe(self) -> None:
         for rank in range(self.board.num_workers):
-            self.board.safe(self.board.attempt, rank, 7)
+            self.board.safe(self.board.attempt, rank, 7, self.board.request)
 
 
 class _Handle:
@@ -243,6 +243,37 @@ def test_a_draining_node_without_workers_of_ours_is_left_alone(monkeypatch: pyte
     cluster.nodes.append("leaving")
     cluster.draining = {"leaving"}
     assert [cluster.ask(5.0) for _ in range(3)] == [0, 0, 0] and cluster.board.request is Request.NONE
+
+
+@pytest.mark.parametrize(
+    ("num_nodes", "allowed", "draining"),
+    [
+        pytest.param(1, None, {"node0"}, id="all workers are on the node"),
+        pytest.param(4, None, {"node1", "node2"}, id="two nodes that may hold the same parts"),
+        pytest.param(2, (2,), {"node1"}, id="too little is left to go on"),
+    ],
+)
+def test_state_goes_to_storage_where_the_nodes_that_hold_it_may_all_go(
+    monkeypatch: pytest.MonkeyPatch, num_nodes: int, allowed: tuple[int, ...] | None, draining: set[str]
+) -> None:
+    cluster = Cluster(monkeypatch, num_nodes, allowed=allowed)
+    assert cluster.start() == num_nodes
+    cluster.draining = draining
+    assert cluster.ask() == 0 and cluster.board.request is Request.LEAVE
+
+
+def test_state_in_memory_goes_to_storage_when_a_second_node_drains(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = Cluster(monkeypatch, 2)
+    assert cluster.start() == 2
+    cluster.draining = {"node1"}
+    assert cluster.ask() == 0 and cluster.board.request is Request.PAUSE
+    cluster.say_safe()
+    cluster.draining = {"node0", "node1"}
+    assert cluster.ask() == 0 and cluster.board.request is Request.LEAVE
+    cluster.nodes.append("new")
+    assert cluster.ask() == 0, "it did not wait until the state was on storage"
+    cluster.say_safe()
+    assert cluster.ask() == 1
 
 
 def test_stays_paused_where_too_little_is_left_until_nodes_come(monkeypatch: pytest.MonkeyPatch) -> None:
