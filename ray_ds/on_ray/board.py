@@ -48,6 +48,8 @@ class News:
 
     records: Sequence[Mapping[str, float]]
     events: Sequence[Event]
+    nodes: Sequence[str]
+    """The nodes of the workers of the newest group that all have joined."""
     silent_s: float
     """Time since a worker was heard of, in seconds; infinite before the first one was."""
 
@@ -56,6 +58,7 @@ class News:
 class _Worker:
     """What one worker last said."""
 
+    node_id: str = ""
     place: str = ""
     met: Request = Request.NONE
     """The request that its state was made safe for."""
@@ -76,6 +79,7 @@ class Board:
     _workers: dict[int, _Worker] = field(default_factory=dict)
     _records: list[Mapping[str, float]] = field(default_factory=list)
     _events: list[Event] = field(default_factory=list)
+    _nodes: list[str] = field(default_factory=list)
     _is_stepping: bool = False
     _is_lost: bool = False
     _heard_at: float = -math.inf
@@ -91,14 +95,16 @@ class Board:
             self.request = Request.NONE
         self.note("workers_started", {"attempt": self.attempt, "workers": num_workers})
 
-    def join(self, rank: int, num_workers: int) -> int:
-        """Take in one of the new group's workers; return the group's number.
+    def join(self, rank: int, num_workers: int, node_id: str) -> int:
+        """Take in one of the new group's workers, on a node; return the group's number.
 
         Ray Train's own policy announces no group; there, the first worker that comes again begins one.
         """
         if self.attempt == 0 or rank in self._workers:
             self.begin(num_workers)
-        self._workers[rank] = _Worker()
+        self._workers[rank] = _Worker(node_id=node_id)
+        if len(self._workers) == self.num_workers:
+            self._nodes = [worker.node_id for worker in self._workers.values()]
         self._heard_at = time.monotonic()
         return self.attempt
 
@@ -169,7 +175,7 @@ class Board:
         """Return the events behind the first `num_events`, and all figures since the last call."""
         records, self._records = self._records, []
         silent_s = time.monotonic() - self._heard_at
-        return News(records=records, events=self._events[num_events:], silent_s=silent_s)
+        return News(records=records, events=self._events[num_events:], nodes=self._nodes, silent_s=silent_s)
 
     def _worker(self, attempt: int, rank: int) -> _Worker | None:
         """Return a worker of the present group; None for one of an older group, or of one that is given up."""

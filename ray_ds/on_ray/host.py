@@ -46,7 +46,8 @@ class RayHost:
         self.device = device
         self._board = board
         self._check_alone = check_alone
-        attempts, nodes = self._meet(ray.get(board.join.remote(self.rank, self.world_size)))
+        node_id = ray.get_runtime_context().get_node_id()
+        attempts, nodes = self._meet(ray.get(board.join.remote(self.rank, self.world_size, node_id)), node_id)
         self._attempt = attempt = max(attempts)
         self.snapshots: SnapshotStore | None = None
         if keeps_snapshots:
@@ -57,10 +58,10 @@ class RayHost:
         self._request = Request.NONE
         threading.Thread(target=self._talk, daemon=True, name="board").start()
 
-    def _meet(self, attempt: int) -> tuple[list[int], list[str]]:
+    def _meet(self, attempt: int, node_id: str) -> tuple[list[int], list[str]]:
         """Return each process's number of the group and its node, by rank."""
         words: list[tuple[int, str]] = [(0, "")] * self.world_size
-        dist.all_gather_object(words, (attempt, ray.get_runtime_context().get_node_id()))
+        dist.all_gather_object(words, (attempt, node_id))
         return [word[0] for word in words], [word[1] for word in words]
 
     def report(self, record: Mapping[str, float]) -> None:

@@ -1,7 +1,7 @@
 """The nodes that training may use: alive, not about to leave, and answering."""
 
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import ray
@@ -43,11 +43,28 @@ def draining_nodes() -> set[str]:
 
 def answering(nodes: Sequence[Node]) -> list[Node]:
     """Return the nodes whose raylet accepts a connection; Ray itself takes seconds to notice a death."""
-    if not nodes:
-        return []
-    with ThreadPoolExecutor(max_workers=min(64, len(nodes))) as pool:
-        answers = pool.map(_accepts, [node.address for node in nodes])
-        return [node for node, is_up in zip(nodes, answers, strict=True) if is_up]
+    reached = _which_accept({node.node_id: node.address for node in nodes})
+    return [node for node in nodes if node.node_id in reached]
+
+
+def which_answer(node_ids: Collection[str]) -> set[str]:
+    """Return those of the nodes whose raylet accepts a connection."""
+    return _which_accept(
+        {
+            node["NodeID"]: (node["NodeManagerAddress"], node["NodeManagerPort"])
+            for node in ray.nodes()
+            if node["Alive"] and node["NodeID"] in node_ids
+        }
+    )
+
+
+def _which_accept(addresses: Mapping[str, tuple[str, int]]) -> set[str]:
+    """Return the nodes where something listens."""
+    if not addresses:
+        return set()
+    with ThreadPoolExecutor(max_workers=min(64, len(addresses))) as pool:
+        answers = pool.map(_accepts, addresses.values())
+        return {node_id for node_id, is_up in zip(addresses, answers, strict=True) if is_up}
 
 
 def _accepts(address: tuple[str, int]) -> bool:

@@ -15,7 +15,7 @@ def running(workers: int = 2) -> Board:
 def begin(board: Board, workers: int = 2) -> None:
     board.begin(workers)
     for rank in range(workers):
-        assert board.join(rank, workers) == board.attempt
+        assert board.join(rank, workers, "node") == board.attempt
 
 
 def lose(board: Board, step: int) -> int:
@@ -99,8 +99,8 @@ def test_the_driver_sees_each_event_and_each_record_once() -> None:
 
 def test_groups_that_nobody_announces_are_told_apart_by_workers_that_come_again() -> None:
     board = Board()
-    assert [board.join(rank, 2) for rank in (1, 0)] == [1, 1]
-    assert [board.join(rank, 3) for rank in (0, 2, 1)] == [2, 2, 2]
+    assert [board.join(rank, 2, "node") for rank in (1, 0)] == [1, 1]
+    assert [board.join(rank, 3, "node") for rank in (0, 2, 1)] == [2, 2, 2]
 
 
 def test_the_board_knows_for_how_long_no_worker_was_heard_of(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,7 +108,7 @@ def test_the_board_knows_for_how_long_no_worker_was_heard_of(monkeypatch: pytest
     monkeypatch.setattr("ray_ds.on_ray.board.time.monotonic", lambda: now)
     board = Board()
     assert board.collect(0).silent_s == math.inf
-    board.join(0, 1)
+    board.join(0, 1, "node")
     now = 107.0
     assert board.collect(0).silent_s == 7
     board.beat(board.attempt, 0, "step 1")

@@ -142,7 +142,7 @@ class Cluster:
             return 0
         self.policy.on_controller_start_worker_group(scaling_config=None, num_workers=decision.num_workers)
         for rank in range(decision.num_workers):
-            self.board.join(rank, decision.num_workers)
+            self.board.join(rank, decision.num_workers, "node")
         staying = [name for name in self.nodes if name not in self.draining][: decision.num_workers]
         workers = [SimpleNamespace(metadata=SimpleNamespace(node_id=name)) for name in staying]
         self.group = SimpleNamespace(workers=workers, start_time=self.now)
