@@ -59,7 +59,8 @@ class _Worker:
     """What one worker last said."""
 
     node_id: str = ""
-    place: str = ""
+    step: int = 0
+    """The last one that it was in."""
     met: Request = Request.NONE
     """The request that its state was made safe for."""
 
@@ -113,7 +114,7 @@ class Board:
         self._heard_at = time.monotonic()
         worker = self._worker(attempt, rank)
         if worker is not None:
-            worker.place = place
+            worker.step = step_of(place) or worker.step
         return self.request
 
     def stepping(self, attempt: int, step: int) -> None:
@@ -153,7 +154,7 @@ class Board:
         """
         if self._is_safe():
             return 0
-        reached = max((step_of(worker.place) or 0 for worker in self._workers.values()), default=0)
+        reached = max((worker.step for worker in self._workers.values()), default=0)
         self.failures = 1 if reached > self.furthest else self.failures + 1
         self.furthest = max(self.furthest, reached)
         self._workers = {}

@@ -76,6 +76,15 @@ def test_losses_count_in_a_row_only_while_training_comes_no_further() -> None:
     assert [lose(board, step) for step in (5, 5, 4, 6, 6)] == [1, 2, 3, 1, 2]
 
 
+def test_a_group_lost_between_steps_came_as_far_as_its_last_step() -> None:
+    board = running()
+    board.fail({})
+    begin(board)
+    for place in ("step 9 micro-batch 3", "keeping the state"):
+        board.beat(board.attempt, 0, place)
+    assert board.fail({}) == 1 and board.furthest == 9
+
+
 def test_a_group_that_was_safe_lost_nothing() -> None:
     board = running(1)
     board.beat(1, 0, "step 3")

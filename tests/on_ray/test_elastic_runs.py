@@ -2,12 +2,14 @@
 
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from ray.cluster_utils import Cluster
 from ray.train.torch import TorchTrainer
 from ray.train.v2.api.exceptions import WorkerGroupError
+from ray.util import list_named_actors
 
 from ray_ds.on_ray import trainer
 from ray_ds.on_ray.elastic import SETTLE_S, ElasticTorchTrainer
@@ -15,7 +17,8 @@ from ray_ds.on_ray.trainer import TrainingStopped
 from ray_ds.train.host import Host
 from ray_ds.train.task import Stopped, TrainResult, TrainTask
 from tests.on_ray.elastic_runs import STEP_S, Run, bring_to, count_steps, drain_node, kill_node, worker_node_ids
-from tests.on_ray.two_nodes import start_cluster
+from tests.on_ray.kill_join_schedules import SETTINGS, train_slowly
+from tests.on_ray.two_nodes import start_cluster, wait_for
 from tests.train.runs import make_settings, make_task
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -71,6 +74,31 @@ def test_draining_node_is_left_in_time_and_no_step_is_lost(cluster: Cluster, tmp
     assert run.steps == list(range(1, len(run.steps) + 1)), "a step was lost or done twice"
     assert "workers_lost" not in run.kinds()
     kill_node(cluster, leaving)
+
+
+@pytest.mark.shows(
+    "All nodes may drain and go: training's state is on storage in time, and the next node loses no step"
+)
+def test_all_nodes_drain_and_a_later_one_goes_on_without_a_step_lost(cluster: Cluster, tmp_path: Path) -> None:
+    bring_to(cluster, 2)
+    run = Run(tmp_path, loop=train_slowly, **{**SETTINGS, "checkpoint_every": 1000}, snapshot_every="auto", steps=2000)
+    run.wait_until(lambda run: len(run.records) > 10 and run.records[-1]["world_size"] == 2)
+    leaving = worker_node_ids()
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda node_id: drain_node(cluster, node_id, 60), leaving))
+    run.wait_until(lambda run: "leave_asked" in run.kinds() and run.kinds()[-1] == "safe")
+    before = len(run.records)
+    for node_id in leaving:
+        kill_node(cluster, node_id)
+    wait_for(lambda: not worker_node_ids())
+    assert not [actor for actor in list_named_actors(all_namespaces=True) if "keeper" in actor["name"]], (
+        "memory that could hold the state is left"
+    )
+    bring_to(cluster, 1)
+    run.wait_until(lambda run: len(run.records) > before + 5)
+    run.end()
+    assert [int(record["step"]) for record in run.records] == list(range(1, len(run.records) + 1))
+    assert "workers_lost" not in run.kinds()
 
 
 @pytest.mark.shows("Training goes on with the survivors when a node is killed, from the newest state")
