@@ -155,9 +155,19 @@ class SnapshotKeeper:
 
     def drop_before(self, attempt: int, number: int) -> None:
         """Drop all parts of older snapshots than this one."""
+        self._drop(lambda key: (key.attempt, key.number) < (attempt, number))
+
+    def drop_torn(self, attempt: int, whole: tuple[int, int, int, int]) -> None:
+        """Drop all parts of worker groups before this one but those of a snapshot that it goes on from.
+
+        Nobody completes them any more, and as newer ones they would outlive those of that snapshot.
+        """
+        self._drop(lambda key: key.attempt < attempt and key.whole != whole)
+
+    def _drop(self, is_dropped: Callable[[PartKey], bool]) -> None:
         with self._lock:
             for held in (self._complete, self._arriving):
-                for key in [key for key in held if (key.attempt, key.number) < (attempt, number)]:
+                for key in [key for key in held if is_dropped(key)]:
                     _, buffer = held.pop(key)
                     if held is self._complete:  # into a part that was arriving, somebody may still write
                         self._spare[key.rank] = buffer

@@ -184,6 +184,8 @@ class Keepers:
         newest = _newest_whole([[key for key in holders if key.step == step]])
         if newest is None:
             raise LookupError(f"no whole snapshot of step {step} is left in the memory of the nodes")
+        for keeper in keepers.values():
+            keeper.drop_torn.remote(self._attempt, newest[0].whole)
         return [open_part(key, holders[key]) for key in newest]
 
     def _send(self, part: Part, number: int, sent: "Future[None]") -> None:
@@ -210,8 +212,7 @@ class Keepers:
         while not keepers.keys() >= set(self._homes) and time.monotonic() < deadline:
             time.sleep(REFRESH_TIMEOUT_S)
             keepers = find_keepers(self._run_id)
-        others = keepers.keys() - set(self._homes)
-        others -= draining_nodes() if others else set()
+        others = keepers.keys() - set(self._homes) - draining_nodes()
         return [keepers[node_id] for node_id in (*self._homes, *sorted(others)) if node_id in keepers]
 
 

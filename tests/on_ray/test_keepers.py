@@ -105,6 +105,16 @@ def test_part_of_a_later_worker_group_is_newer_though_its_step_is_lower() -> Non
     assert [(key.attempt, key.step) for key in keeper.inventory()] == [(2, 10), (2, 20)]
 
 
+def test_snapshot_that_training_goes_on_from_outlives_newer_torn_ones() -> None:
+    keeper = SnapshotKeeper(1000)
+    keys = [put_by_hand(keeper, number=number)[1] for number in (1, 2)]
+    keeper.drop_torn(2, keys[0].whole)
+    _, first = put_by_hand(keeper, number=1, attempt=2)
+    assert keeper.inventory() == [keys[0], first]
+    keeper.drop_torn(2, keys[0].whole)
+    assert keeper.inventory() == [keys[0], first], "what the group itself made stays"
+
+
 def test_torn_part_does_not_count_and_gives_its_memory_back() -> None:
     keeper = SnapshotKeeper(1000)
     _, whole = put_by_hand(keeper, number=1)
@@ -236,7 +246,11 @@ def test_step_is_whole_once_all_parts_of_one_worker_group_have_arrived(nodes: li
     ray.get(first.put.remote(9))
     assert ray.get(first.find.remote()) == 8
     assert ray.get(second.sees_same.remote(8, 2))
-    join_run([first], "whole", nodes[:1], attempt=2)
+    join_run(processes, "whole", nodes, attempt=2)
+    assert ray.get(first.sees_same.remote(8, 2))
+    ray.get(first.put.remote(9))
+    assert ray.get(first.find.remote()) == 8, "the next group's first part has put out what it goes on from"
+    join_run([first], "whole", nodes[:1], attempt=3)
     ray.get(first.put.remote(5))
     assert ray.get(second.find.remote()) == 5
     assert ray.get(second.sees_same.remote(5, 1))
