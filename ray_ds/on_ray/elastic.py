@@ -30,7 +30,7 @@ from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ray_ds.on_ray.board import Look
-from ray_ds.on_ray.nodes import answering, draining_nodes, usable_nodes
+from ray_ds.on_ray.nodes import answering, draining_nodes, reserved, usable_nodes
 from ray_ds.on_ray.sizing import Node, Offer, Sizes, joining, room
 from ray_ds.on_ray.spares import SparedController, Spares
 from ray_ds.train.host import Request
@@ -107,6 +107,8 @@ class GracefulElasticPolicy(ElasticScalingPolicy):  # type: ignore[misc, unused-
         self._offer = Offer()
         self._held: Counter[str] = Counter()
         """Workers by node."""
+        self._placement: Any = None
+        """The placement group of the last workers; it keeps its room until the next ones start."""
         self._joining: Counter[str] = Counter()
         """Workers that will be added, by node, once more room has lasted."""
         self._chosen: list[str] = []
@@ -145,7 +147,7 @@ class GracefulElasticPolicy(ElasticScalingPolicy):  # type: ignore[misc, unused-
         now = time.monotonic()
         if self._waiting_since is None:
             self._waiting_since = now
-        nodes = usable_nodes(self._need, self._held, self._plan.sizes.max_workers)
+        nodes = usable_nodes(self._need, reserved(self._placement), self._plan.sizes.max_workers)
         size = self._plan.sizes.largest(room(nodes))
         possible = self._plan.sizes.largest(sum(node.total for node in nodes))
         if size == 0 or (size < possible and now - self._waiting_since < FREE_WAIT_S):
@@ -158,6 +160,7 @@ class GracefulElasticPolicy(ElasticScalingPolicy):  # type: ignore[misc, unused-
 
     def _decide_to_change(self, worker_group_state: Any) -> Any:
         self._held = Counter(worker.metadata.node_id for worker in worker_group_state.workers)
+        self._placement = worker_group_state.placement_group_handle.placement_group
         look = self._look()
         if look.request is Request.STOP:
             return NoopDecision()

@@ -1,11 +1,13 @@
 """The nodes that training may use: alive, not about to leave, and answering."""
 
 import socket
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import ray
 from ray._private.state import state as ray_state
+from ray.util.placement_group import PlacementGroup, placement_group_table
 
 from ray_ds.on_ray.sizing import Node, workers_that_fit
 
@@ -34,6 +36,17 @@ def usable_nodes(need: Mapping[str, float], held: Mapping[str, int], most: int, 
         if total:
             nodes.append(Node(node_id=node_id, address=address, total=total, free=free))
     return answering(nodes) if probe else nodes
+
+
+def reserved(group: PlacementGroup | None) -> Counter[str]:
+    """Return the bundles that a placement group holds on each node; none where it is gone, or there is none.
+
+    Ray moves those of a dead node to another one that has room.
+    """
+    if group is None:
+        return Counter()
+    table = placement_group_table(group)
+    return Counter() if table["state"] == "REMOVED" else Counter(table["bundles_to_node_id"].values())
 
 
 def draining_nodes() -> set[str]:

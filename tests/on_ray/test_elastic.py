@@ -20,6 +20,8 @@ from ray.train.v2._internal.execution.controller.controller import TrainControll
 from ray.train.v2._internal.execution.failure_handling.default import DefaultFailurePolicy, _is_preemption_failure
 from ray.train.v2._internal.execution.scaling_policy import NoopDecision, ResizeDecision, ScalingPolicy
 from ray.train.v2._internal.execution.scaling_policy.elastic import ElasticScalingPolicy
+from ray.train.v2._internal.execution.worker_group.placement_group_handle import PlacementGroupHandle
+from ray.train.v2._internal.execution.worker_group.state import WorkerGroupState
 from ray.train.v2._internal.execution.worker_group.worker import ActorMetadata, RayTrainWorker, Worker
 from ray.train.v2._internal.execution.worker_group.worker_group import WorkerGroup
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
@@ -67,6 +69,7 @@ CONTRACT: list[tuple[Callable[..., Any], str]] = [
      "placement_group_bundle_index"),
     (_TorchBackend.on_shutdown, "self, worker_group, backend_config"),
     (BackendSetupCallback.before_execution_group_shutdown, "self, execution_group"),
+    (PlacementGroupHandle.placement_group.fget, "self"),
     (GlobalState.get_draining_nodes, "self"),
     (GlobalState.available_resources_per_node, "self"),
 ]  # fmt: skip
@@ -88,6 +91,7 @@ def test_contract_of_names_and_fields() -> None:
     assert TrainController.worker_group_cls is WorkerGroup and WorkerGroup._worker_cls is RayTrainWorker, message
     assert TorchConfig().backend_cls is _TorchBackend, message
     assert issubclass(TorchTrainer, DataParallelTrainer), message
+    assert {"workers", "start_time", "placement_group_handle"} <= set(WorkerGroupState.__dataclass_fields__), message
     assert {"node_id", "pid", "accelerator_ids"} <= set(ActorMetadata.__dataclass_fields__), message
     assert list(ResizeDecision.__dataclass_fields__) == ["num_workers", "resources_per_worker"], message
     controller = inspect.getsource(TrainController)
@@ -117,11 +121,12 @@ class Cluster:
         monkeypatch.setattr(elastic, "draining_nodes", lambda: self.draining)
         monkeypatch.setattr(elastic, "usable_nodes", self._usable)
         monkeypatch.setattr(elastic, "answering", lambda nodes: list(nodes))
+        monkeypatch.setattr(elastic, "reserved", lambda group: group or Counter())
         monkeypatch.setattr(elastic.time, "monotonic", lambda: self.now)
 
     def _usable(self, need: Any, held: Counter[str], most: int, *, probe: bool = True) -> list[Node]:
         return [
-            Node(node_id=name, address=("", 0), total=1, free=0 if name in self.busy else 1)
+            Node(node_id=name, address=("", 0), total=1, free=held[name] if name in self.busy else 1)
             for name in self.nodes
             if name not in self.draining
         ]
@@ -145,7 +150,8 @@ class Cluster:
             self.board.join(rank, decision.num_workers, "node")
         staying = [name for name in self.nodes if name not in self.draining][: decision.num_workers]
         workers = [SimpleNamespace(metadata=SimpleNamespace(node_id=name)) for name in staying]
-        self.group = SimpleNamespace(workers=workers, start_time=self.now)
+        handle = SimpleNamespace(placement_group=Counter(staying))
+        self.group = SimpleNamespace(workers=workers, start_time=self.now, placement_group_handle=handle)
         return int(decision.num_workers)
 
     def say_safe(self) -> None:
@@ -161,6 +167,18 @@ class _Handle:
 
     def __getattr__(self, name: str) -> Any:
         return SimpleNamespace(remote=getattr(self._board, name))
+
+
+def test_room_that_ray_has_moved_to_another_node_for_the_lost_group_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = Cluster(monkeypatch, 2, allowed=(1,))
+    assert cluster.start() == 1
+    assert cluster.ask() == 0
+    lost = cluster.group.workers[0].metadata.node_id
+    (other,) = (name for name in cluster.nodes if name != lost)
+    cluster.nodes.remove(lost)
+    cluster.busy = {other}
+    cluster.group.placement_group_handle.placement_group.update({other: 1, lost: -1})
+    assert cluster.start() == 1
 
 
 def test_starts_with_what_fits_and_waits_a_little_for_what_is_still_held(monkeypatch: pytest.MonkeyPatch) -> None:

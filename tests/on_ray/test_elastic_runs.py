@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import ray
 from ray.cluster_utils import Cluster
 from ray.train.torch import TorchTrainer
 from ray.train.v2.api.exceptions import WorkerGroupError
@@ -13,6 +14,7 @@ from ray.util import list_named_actors
 
 from ray_ds.on_ray import trainer
 from ray_ds.on_ray.elastic import SETTLE_S, ElasticTorchTrainer
+from ray_ds.on_ray.keeper import find_keepers
 from ray_ds.on_ray.trainer import TrainingStopped
 from ray_ds.train.host import Host
 from ray_ds.train.task import Stopped, TrainResult, TrainTask
@@ -28,6 +30,10 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 def cluster() -> Iterator[Cluster]:
     with start_cluster() as cluster:
         yield cluster
+
+
+def is_keeper(actor: dict[str, str]) -> bool:
+    return actor["name"].startswith("keeper-")
 
 
 @pytest.mark.shows("Training grows onto a node that joins without losing a step: it pauses safely first")
@@ -91,9 +97,7 @@ def test_all_nodes_drain_and_a_later_one_goes_on_without_a_step_lost(cluster: Cl
     for node_id in leaving:
         kill_node(cluster, node_id)
     wait_for(lambda: not worker_node_ids())
-    assert not [actor for actor in list_named_actors(all_namespaces=True) if "keeper" in actor["name"]], (
-        "memory that could hold the state is left"
-    )
+    assert not any(is_keeper(actor) for actor in list_named_actors(all_namespaces=True)), "memory of the run is left"
     bring_to(cluster, 1)
     run.wait_until(lambda run: len(run.records) > before + 5)
     run.end()
@@ -113,6 +117,24 @@ def test_killed_node_leaves_the_survivors_training(cluster: Cluster, tmp_path: P
     first = next(step for step, record in zip(run.steps, run.records, strict=True) if record["workers"] == 1)
     assert run.steps[before - 1] - 10 <= first <= max(run.steps), "more than the steps since the last state were lost"
     assert run.kinds().count("workers_lost") == 1
+
+
+@pytest.mark.shows("Training goes on from another node's memory though the one node with all workers is killed")
+def test_the_only_node_with_workers_is_killed_and_another_has_the_state(cluster: Cluster, tmp_path: Path) -> None:
+    bring_to(cluster, 2)
+    settings = {**SETTINGS, "checkpoint_every": 1000, "num_workers": 1, "snapshot_every": 5, "steps": 2000}
+    run = Run(tmp_path, loop=train_slowly, **settings)
+    run.wait_until(lambda run: len(run.records) > 20)
+    (name,) = {actor["name"].rpartition("-")[0] for actor in list_named_actors(all_namespaces=True) if is_keeper(actor)}
+    beats = [ray.get(keeper.beats.remote()) for keeper in find_keepers(name.removeprefix("keeper-")).values()]
+    (beat,) = [beat for of_node in beats for beat in of_node]
+    before = len(run.records)
+    kill_node(cluster, beat.node_id)
+    run.wait_until(lambda run: run.kinds().count("stepping") == 2 and len(run.records) > before + 10)
+    run.end()
+    again = int(next(event.facts["step"] for event in run.events[::-1] if event.kind == "stepping"))
+    assert 1 < again <= run.steps[before - 1] + 1, "nothing is on storage: it began anew"
+    assert set(run.steps) == set(range(1, max(run.steps) + 1))
 
 
 @pytest.mark.shows("A run that is told to stop ends once its state is safe; the next submit goes on from there")
