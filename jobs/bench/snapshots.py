@@ -71,21 +71,20 @@ def measure(sizes: Sequence[int]) -> list[dict[str, float]]:
     """Return a row of figures for each size in bytes; the cluster needs two nodes that can have workers."""
     run_id = f"bench-{os.urandom(4).hex()}"
     fleet = KeeperFleet(run_id)
-    fleet.refresh()
-    keepers = find_keepers(run_id)
-    ray.get([keeper.inventory.remote() for keeper in keepers.values()])
-    nodes = sorted(keepers)[:2]
+    nodes = sorted(node["NodeID"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU"))[:2]
+    fleet.refresh(nodes)
+    ray.get([keeper.inventory.remote() for keeper in find_keepers(run_id).values()])
     places = [NodeAffinitySchedulingStrategy(node, soft=False) for node in nodes]
     processes = [
         _Process.options(scheduling_strategy=place).remote(run_id, rank, nodes) for rank, place in enumerate(places)
     ]
     try:
-        return [{"megabytes": size / 1e6, **_measure(fleet, processes, size)} for size in sizes]
+        return [{"megabytes": size / 1e6, **_measure(fleet, nodes, processes, size)} for size in sizes]
     finally:
         fleet.shutdown()
 
 
-def _measure(fleet: KeeperFleet, processes: Sequence[Any], size: int) -> dict[str, float]:
+def _measure(fleet: KeeperFleet, nodes: Sequence[str], processes: Sequence[Any], size: int) -> dict[str, float]:
     """Return the figures of a snapshot of two parts of a size, of the slower process."""
     rows = []
     for _ in range(WARM_UP + ROUNDS):
@@ -93,7 +92,7 @@ def _measure(fleet: KeeperFleet, processes: Sequence[Any], size: int) -> dict[st
         both = ray.get([process.put.remote(step, size) for process in processes])
         worst = {name: max(row[name] for row in both) for name in both[0]}
         rows.append({**worst, "fetch_s": ray.get(processes[0].fetch.remote(step))})
-        fleet.refresh()
+        fleet.refresh(nodes)
     return {name: statistics.median(row[name] for row in rows[WARM_UP:]) for name in rows[0]}
 
 

@@ -25,8 +25,8 @@ class Event:
     time: float
     """Seconds since 1970."""
     kind: str
-    """`workers_started`, `stepping`, `pause_asked`, `pause_withdrawn`, `safe`, `resizing`, `workers_lost`,
-    `stop_asked`, `waiting_for_nodes`."""
+    """`workers_started`, `stepping`, `pause_asked`, `leave_asked`, `pause_withdrawn`, `safe`, `resizing`,
+    `workers_lost`, `stop_asked`, `waiting_for_nodes`."""
     facts: Mapping[str, JsonValue]
     """What belongs to it: `attempt`, `workers`, `step`, `reason`."""
 
@@ -37,7 +37,7 @@ class Look:
 
     request: Request
     is_safe: bool
-    """Whether all workers of the group said that their state is safe."""
+    """Whether all workers of the group said that their state is as safe as is asked."""
     any_safe: bool
     """Whether one of them did."""
 
@@ -48,6 +48,8 @@ class News:
 
     records: Sequence[Mapping[str, float]]
     events: Sequence[Event]
+    nodes: Sequence[str]
+    """The nodes of the workers of the newest group that all have joined."""
     silent_s: float
     """Time since a worker was heard of, in seconds; infinite before the first one was."""
 
@@ -56,8 +58,11 @@ class News:
 class _Worker:
     """What one worker last said."""
 
-    place: str = ""
-    safe_at: int | None = None
+    node_id: str = ""
+    step: int = 0
+    """The last one that it was in."""
+    met: Request = Request.NONE
+    """The request that its state was made safe for."""
 
 
 @dataclass
@@ -75,6 +80,7 @@ class Board:
     _workers: dict[int, _Worker] = field(default_factory=dict)
     _records: list[Mapping[str, float]] = field(default_factory=list)
     _events: list[Event] = field(default_factory=list)
+    _nodes: list[str] = field(default_factory=list)
     _is_stepping: bool = False
     _is_lost: bool = False
     _heard_at: float = -math.inf
@@ -86,18 +92,20 @@ class Board:
         self.num_workers = num_workers
         self._workers = {}
         self._is_stepping = self._is_lost = False
-        if self.request is Request.PAUSE:
+        if self.request is not Request.STOP:
             self.request = Request.NONE
         self.note("workers_started", {"attempt": self.attempt, "workers": num_workers})
 
-    def join(self, rank: int, num_workers: int) -> int:
-        """Take in one of the new group's workers; return the group's number.
+    def join(self, rank: int, num_workers: int, node_id: str) -> int:
+        """Take in one of the new group's workers, on a node; return the group's number.
 
         Ray Train's own policy announces no group; there, the first worker that comes again begins one.
         """
         if self.attempt == 0 or rank in self._workers:
             self.begin(num_workers)
-        self._workers[rank] = _Worker()
+        self._workers[rank] = _Worker(node_id=node_id)
+        if len(self._workers) == self.num_workers:
+            self._nodes = [worker.node_id for worker in self._workers.values()]
         self._heard_at = time.monotonic()
         return self.attempt
 
@@ -106,7 +114,7 @@ class Board:
         self._heard_at = time.monotonic()
         worker = self._worker(attempt, rank)
         if worker is not None:
-            worker.place = place
+            worker.step = step_of(place) or worker.step
         return self.request
 
     def stepping(self, attempt: int, step: int) -> None:
@@ -115,11 +123,11 @@ class Board:
             self._is_stepping = True
             self.note("stepping", {"attempt": attempt, "workers": self.num_workers, "step": step})
 
-    def safe(self, attempt: int, rank: int, step: int) -> None:
-        """Note that a worker's state is safe and that it does no more."""
+    def safe(self, attempt: int, rank: int, step: int, met: Request) -> None:
+        """Note that a worker's state is as safe as a request asked for, and that it does no more."""
         worker = self._worker(attempt, rank)
         if worker is not None:
-            worker.safe_at = step
+            worker.met = met
             if self._is_safe():
                 self.note("safe", {"attempt": attempt, "step": step})
 
@@ -128,14 +136,14 @@ class Board:
         self._records.append(record)
 
     def ask(self, request: Request, reason: str) -> None:
-        """Ask the workers for something; a request to stop stays."""
+        """Ask the workers for something, unless they were asked for as much; a request to stop stays."""
         if request > self.request:
             self.request = request
-            self.note("stop_asked" if request is Request.STOP else "pause_asked", {"reason": reason})
+            self.note(f"{request.name.lower()}_asked", {"reason": reason})
 
     def withdraw(self, reason: str) -> None:
         """Ask for no pause any more."""
-        if self.request is Request.PAUSE:
+        if self.request in (Request.PAUSE, Request.LEAVE):
             self.request = Request.NONE
             self.note("pause_withdrawn", {"reason": reason})
 
@@ -146,7 +154,7 @@ class Board:
         """
         if self._is_safe():
             return 0
-        reached = max((step_of(worker.place) or 0 for worker in self._workers.values()), default=0)
+        reached = max((worker.step for worker in self._workers.values()), default=0)
         self.failures = 1 if reached > self.furthest else self.failures + 1
         self.furthest = max(self.furthest, reached)
         self._workers = {}
@@ -161,14 +169,14 @@ class Board:
 
     def look(self) -> Look:
         """Return the board for the scaling policy."""
-        any_safe = any(worker.safe_at is not None for worker in self._workers.values())
+        any_safe = any(worker.met is not Request.NONE for worker in self._workers.values())
         return Look(request=self.request, is_safe=self._is_safe(), any_safe=any_safe)
 
     def collect(self, num_events: int) -> News:
         """Return the events behind the first `num_events`, and all figures since the last call."""
         records, self._records = self._records, []
         silent_s = time.monotonic() - self._heard_at
-        return News(records=records, events=self._events[num_events:], silent_s=silent_s)
+        return News(records=records, events=self._events[num_events:], nodes=self._nodes, silent_s=silent_s)
 
     def _worker(self, attempt: int, rank: int) -> _Worker | None:
         """Return a worker of the present group; None for one of an older group, or of one that is given up."""
@@ -177,9 +185,11 @@ class Board:
         return self._workers.setdefault(rank, _Worker())
 
     def _is_safe(self) -> bool:
-        """Tell whether the whole group is safe."""
-        states = [worker.safe_at is not None for worker in self._workers.values()]
-        return 0 < self.num_workers == len(states) and all(states)
+        """Tell whether the whole group is as safe as it was asked to be."""
+        needed = max(self.request, Request.PAUSE)
+        return 0 < self.num_workers == len(self._workers) and all(
+            worker.met >= needed for worker in self._workers.values()
+        )
 
 
 def open_board(name: str) -> Any:

@@ -26,7 +26,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ray_ds.on_ray.board import Look
 from ray_ds.on_ray.failures import BoundedFailurePolicy, is_lost_group
-from ray_ds.on_ray.nodes import answering, draining_nodes, usable_nodes
+from ray_ds.on_ray.nodes import answering, draining_nodes, reserved, usable_nodes
 from ray_ds.on_ray.outcome import LostTooOften, StoppedWithoutWorkers, headline
 from ray_ds.on_ray.sizing import Node, Offer, Sizes, joining, room
 from ray_ds.on_ray.spares import SparedController, Spares
@@ -107,6 +107,8 @@ class GracefulElasticPolicy(ElasticScalingPolicy):  # type: ignore[misc, unused-
         self._offer = Offer()
         self._held: Counter[str] = Counter()
         """Workers by node."""
+        self._placement: Any = None
+        """The placement group of the last workers; it keeps its room until the next ones start."""
         self._joining: Counter[str] = Counter()
         """Workers that will be added, by node, once more room has lasted."""
         self._chosen: list[str] = []
@@ -145,7 +147,7 @@ class GracefulElasticPolicy(ElasticScalingPolicy):  # type: ignore[misc, unused-
         now = time.monotonic()
         if self._waiting_since is None:
             self._waiting_since = now
-        nodes = usable_nodes(self._need, self._held, self._plan.sizes.max_workers)
+        nodes = usable_nodes(self._need, reserved(self._placement), self._plan.sizes.max_workers)
         size = self._plan.sizes.largest(room(nodes))
         possible = self._plan.sizes.largest(sum(node.total for node in nodes))
         if size == 0 or (size < possible and now - self._waiting_since < FREE_WAIT_S):
@@ -158,16 +160,19 @@ class GracefulElasticPolicy(ElasticScalingPolicy):  # type: ignore[misc, unused-
 
     def _decide_to_change(self, worker_group_state: Any) -> Any:
         self._held = Counter(worker.metadata.node_id for worker in worker_group_state.workers)
+        self._placement = worker_group_state.placement_group_handle.placement_group
         look = self._look()
         if look.request is Request.STOP:
             return NoopDecision()
         now = time.monotonic()
-        if self._asked_at is None:
-            if now > worker_group_state.start_time + SPARE_DELAY_S:
-                self.spares.keep(self._held + self._joining)
-            if reason := self._reason_to_pause(worker_group_state, now):
-                self._call(self._board.ask.remote(Request.PAUSE, reason))
-                self._asked_at = now
+        if self._asked_at is None and now > worker_group_state.start_time + SPARE_DELAY_S:
+            self.spares.keep(self._held + self._joining)
+        request, reason = self._wanted(worker_group_state, now)
+        if request > look.request:
+            self._call(self._board.ask.remote(request, reason))
+            self._asked_at = now
+        elif self._asked_at is None:
+            return NoopDecision()
         elif look.is_safe:
             nodes = usable_nodes(self._need, self._held, self._plan.sizes.max_workers)
             size = self._plan.sizes.largest(room(nodes))
@@ -184,11 +189,23 @@ class GracefulElasticPolicy(ElasticScalingPolicy):  # type: ignore[misc, unused-
         self._held, self._joining = Counter(), Counter()
         return {NODE_LABEL: f"in({','.join(self._chosen)})"} if self._chosen else None
 
-    def _reason_to_pause(self, group: Any, now: float) -> str | None:
-        """Return why the group should change, if it should."""
+    def _wanted(self, group: Any, now: float) -> tuple[Request, str]:
+        """Return what to ask of the group, and why.
+
+        Memory keeps the state where one of several nodes goes and training goes on at once: each part lies on two.
+        """
+        leaving = self._held.keys() & draining_nodes()
+        if not leaving:
+            growth = self._reason_to_grow(group, now) if self._asked_at is None else None
+            return (Request.PAUSE, growth) if growth else (Request.NONE, "")
+        reason = f"nodes drain: {', '.join(sorted(node[:8] for node in leaving))}"
+        staying = usable_nodes(self._need, self._held, self._plan.sizes.max_workers, probe=False)
+        goes_on = self._plan.sizes.largest(room(staying)) > 0
+        return Request.PAUSE if len(leaving) == 1 < len(self._held) and goes_on else Request.LEAVE, reason
+
+    def _reason_to_grow(self, group: Any, now: float) -> str | None:
+        """Return why the group should grow, if it should."""
         size = sum(self._held.values())
-        if leaving := self._held.keys() & draining_nodes():
-            return f"nodes drain: {', '.join(sorted(node[:8] for node in leaving))}"
         nodes = usable_nodes(self._need, self._held, self._plan.sizes.max_workers, probe=False)
         offered = self._plan.sizes.largest(room(nodes))
         stands_s = self._offer.stands(offered if offered > size else 0, now)

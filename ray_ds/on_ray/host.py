@@ -1,7 +1,5 @@
 """A worker of Ray Train, as the training loop sees it."""
 
-import threading
-import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,18 +8,15 @@ import ray.train
 import torch
 import torch.distributed as dist
 
+from ray_ds.on_ray.board_line import BoardLine
 from ray_ds.on_ray.hang_watch import SAFE, step_of
 from ray_ds.on_ray.keepers import Keepers
 from ray_ds.on_ray.pulse import Pulse
 from ray_ds.train.host import Request, SnapshotStore
 
-BEAT_S = 0.5
-WORKERS_PER_BEAT_S = 500
-"""Beats a second that the board takes in without a worry; with more workers each of them beats less often."""
-
 
 class RayHost:
-    """The place of a process in Ray Train's worker group; a thread talks to the board, so the loop never waits.
+    """The place of a process in Ray Train's worker group; the loop never waits for it.
 
     Args:
         run_id: names the run's keepers.
@@ -45,21 +40,20 @@ class RayHost:
         self.device = device
         self._board = board
         self._check_alone = check_alone
-        attempts, nodes = self._meet(ray.get(board.join.remote(self.rank, self.world_size)))
-        self._attempt = attempt = max(attempts)
+        node_id = ray.get_runtime_context().get_node_id()
+        attempts, nodes = self._meet(ray.get(board.join.remote(self.rank, self.world_size, node_id)), node_id)
+        attempt = max(attempts)
         self.snapshots: SnapshotStore | None = None
         if keeps_snapshots:
             self.snapshots = Keepers(run_id, rank=self.rank, nodes=nodes, attempt=attempt)
         self._pulse = Pulse(run_id, rank=self.rank, world_size=self.world_size, attempt=attempt)
-        self._place = ""
+        self._line = BoardLine(board, attempt=attempt, rank=self.rank, world_size=self.world_size)
         self._is_stepping = False
-        self._request = Request.NONE
-        threading.Thread(target=self._talk, daemon=True, name="board").start()
 
-    def _meet(self, attempt: int) -> tuple[list[int], list[str]]:
+    def _meet(self, attempt: int, node_id: str) -> tuple[list[int], list[str]]:
         """Return each process's number of the group and its node, by rank."""
         words: list[tuple[int, str]] = [(0, "")] * self.world_size
-        dist.all_gather_object(words, (attempt, ray.get_runtime_context().get_node_id()))
+        dist.all_gather_object(words, (attempt, node_id))
         return [word[0] for word in words], [word[1] for word in words]
 
     def report(self, record: Mapping[str, float]) -> None:
@@ -69,37 +63,25 @@ class RayHost:
 
     def request(self) -> Request:
         """Return what this process was asked for, half a second ago at most."""
-        return self._request
+        return self._line.request
 
     def beat(self, place: str) -> None:
         """Say where this process is; the first step is told to the board at once."""
-        self._place = place
+        self._line.place = place
         if not self._is_stepping and (step := step_of(place)):
             self._is_stepping = True
-            self._board.stepping.remote(self._attempt, step)
+            self._line.tell_stepping(step)
         self._pulse.beat(place)
 
     def check_alone(self) -> None:
         """Make sure that no other job has taken over the run."""
         self._check_alone()
 
-    def safe(self, step: int) -> None:
-        """Say that the state is safe and wait; return only when told to stop."""
+    def safe(self, step: int, met: Request) -> Request:
+        """Say that the state is safe and wait; return when more is asked for."""
         self._pulse.beat(SAFE)
-        ray.get(self._board.safe.remote(self._attempt, self.rank, step))
-        while self._request is not Request.STOP:
-            time.sleep(BEAT_S / 5)
+        return self._line.await_more(step, met)
 
     def close(self) -> None:
         """Say that this process has ended well."""
         self._pulse.close()
-
-    def _talk(self) -> None:
-        """Tell the board where this process is and hear what is asked, until one of the two ends."""
-        pause = max(BEAT_S, self.world_size / WORKERS_PER_BEAT_S)
-        while True:
-            try:
-                self._request = ray.get(self._board.beat.remote(self._attempt, self.rank, self._place))
-            except ray.exceptions.RayError:
-                return
-            time.sleep(pause)

@@ -70,6 +70,16 @@ class PartHeader:
         return max((place.stop for place in self.places.values()), default=0)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KeeperMemory:
+    """What a keeper's parts take of its node's memory."""
+
+    held_bytes: int
+    needed_bytes: int
+    """For as many parts of each process as it holds at the most."""
+    limit_bytes: int
+
+
 def is_intact(data: Bytes, place: TensorPlace) -> bool:
     """Tell whether a tensor's bytes are those that were put."""
     return data.nbytes == place.stop - place.start and xxhash.xxh3_64_intdigest(data.data) == place.xxh3
@@ -97,6 +107,8 @@ class SnapshotKeeper:
         self._arriving: dict[PartKey, tuple[PartHeader, Bytes]] = {}
         self._spare: dict[int, Bytes] = {}
         """By rank, the memory of a dropped part for the next one: fresh memory costs ten times what filling it does."""
+        self._sizes: dict[int, int] = {}
+        """By rank, the size of its last part, whether there was room for it or not."""
         self._beats: dict[int, tuple[Beat, float]] = {}
         self._lock = threading.Lock()
 
@@ -105,6 +117,7 @@ class SnapshotKeeper:
         with self._lock:
             for torn in [key for key in self._arriving if key.rank == header.key.rank]:
                 del self._arriving[torn]
+            self._sizes[header.key.rank] = header.bytes
             buffer = self._memory(header.key.rank, header.bytes)
             if buffer is not None:
                 self._arriving[header.key] = (header, buffer)
@@ -142,14 +155,26 @@ class SnapshotKeeper:
 
     def drop_before(self, attempt: int, number: int) -> None:
         """Drop all parts of older snapshots than this one."""
+        self._drop(lambda key: (key.attempt, key.number) < (attempt, number))
+
+    def drop_torn(self, attempt: int, whole: tuple[int, int, int, int]) -> None:
+        """Drop all parts of worker groups before this one but those of a snapshot that it goes on from.
+
+        Nobody completes them any more, and as newer ones they would outlive those of that snapshot.
+        """
+        self._drop(lambda key: key.attempt < attempt and key.whole != whole)
+
+    def _drop(self, is_dropped: Callable[[PartKey], bool]) -> None:
         with self._lock:
             for held in (self._complete, self._arriving):
-                for key in [key for key in held if (key.attempt, key.number) < (attempt, number)]:
+                for key in [key for key in held if is_dropped(key)]:
                     _, buffer = held.pop(key)
                     if held is self._complete:  # into a part that was arriving, somebody may still write
                         self._spare[key.rank] = buffer
-            for rank in self._spare.keys() - {key.rank for key in self._complete}:
+            ranks = {key.rank for key in self._complete}
+            for rank in self._spare.keys() - ranks:
                 del self._spare[rank]
+            self._sizes = {rank: size for rank, size in self._sizes.items() if rank in ranks}
 
     def inventory(self) -> list[PartKey]:
         """Return the complete parts."""
@@ -167,10 +192,11 @@ class SnapshotKeeper:
         with self._lock:
             return self._complete[key][1][start:stop].copy()  # the part may be dropped before this has travelled
 
-    def bytes(self) -> int:
-        """Return how much memory the parts take."""
+    def memory(self) -> KeeperMemory:
+        """Return how much memory the parts take, and may."""
         with self._lock:
-            return self._bytes()
+            needed = (KEPT + 1) * sum(self._sizes.values())
+            return KeeperMemory(held_bytes=self._bytes(), needed_bytes=needed, limit_bytes=self._limit_bytes)
 
     def beat(self, beat: Beat) -> None:
         """Note where a process of this node is; who comes from an older worker group than others is ignored."""

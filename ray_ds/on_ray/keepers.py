@@ -1,7 +1,8 @@
 """Snapshots in the memory of two nodes each: the driver's side, which starts keepers, and a training process's side."""
 
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
@@ -11,6 +12,7 @@ from ray.exceptions import RayError
 from ray_ds.logs import log_event
 from ray_ds.on_ray.hang_watch import Beat
 from ray_ds.on_ray.keeper import PartKey, find_keepers, keeper_nodes, start_keeper
+from ray_ds.on_ray.nodes import draining_nodes, which_answer
 from ray_ds.on_ray.part_transfer import open_part, send_part
 from ray_ds.train.host import Part
 from ray_ds.train.stacks import ProcessView
@@ -23,11 +25,15 @@ MEMORY_SHARE = 0.5
 """Of the memory that Ray counts on a node, what its keeper may hold."""
 ASK_TIMEOUT_S = 1.0
 """Patience with a keeper that is asked what it has: its node may be dead before Ray knows."""
+LATE_TIMEOUT_S = 10.0
+"""More of it where the node answers: the keeper shares CPUs with workers that start."""
+REFRESH_TIMEOUT_S = 0.1
+"""The same where the question comes again in a second."""
 VIEW_TIMEOUT_S = 30.0
 """The same for stack traces of many processes of a node."""
 KILL_TIMEOUT_S = 5.0
-REFRESH_TIMEOUT_S = 0.1
-"""The same where the question comes again in a second."""
+START_TIMEOUT_S = 5.0
+"""Patience with a keeper that is to take a part and has yet to start."""
 
 
 class KeeperFleet:
@@ -36,29 +42,54 @@ class KeeperFleet:
     def __init__(self, run_id: str) -> None:
         self._run_id = run_id
         self._keepers: dict[str, Any] = {}
+        self._told: set[str] = set()
+        """What was said of nodes, so that it is said once."""
 
-    def refresh(self) -> None:
-        """Start keepers on nodes that are new and can have workers, forget those that died, drop outdated parts.
+    def refresh(self, homes: Collection[str]) -> None:
+        """Start keepers where they are needed, end those that hold nothing elsewhere, drop outdated parts.
 
-        Waits for nobody; meant to be called every second or so.
+        An actor keeps its node from being idle, so that no autoscaler would take it away: other nodes get none. Waits
+        for nobody; meant to be called every second or so.
+
+        Args:
+            homes: nodes of the workers, in any order; they may be dead.
         """
-        memory = {
+        limits = {
             node["NodeID"]: int(node["Resources"].get("memory", 0.0) * MEMORY_SHARE)
             for node in ray.nodes()
             if node["Alive"] and (node["Resources"].get("CPU") or node["Resources"].get("GPU"))
         }
-        for node_id in self._keepers.keys() - memory.keys():
+        for node_id in self._keepers.keys() - limits.keys():
             del self._keepers[node_id]
-        for node_id in memory.keys() - keeper_nodes(self._run_id):
-            self._keepers[node_id] = start_keeper(self._run_id, node_id, memory[node_id])
-        newest = _newest_whole(_inventories(self._keepers, timeout_s=REFRESH_TIMEOUT_S).values())
+        needed = _needed(homes, limits, self._keepers.keys())
+        for node_id in needed - keeper_nodes(self._run_id):
+            self._keepers[node_id] = start_keeper(self._run_id, node_id, limits[node_id])
+        inventories = _inventories(self._keepers, REFRESH_TIMEOUT_S)
+        newest = _newest_whole(inventories.values())
         if newest is not None:
             for keeper in self._keepers.values():
                 keeper.drop_before.remote(newest[0].attempt, newest[0].number)
+        self._tell_limits(needed)
+        for node_id in inventories.keys() - needed:
+            if not inventories[node_id]:
+                ray.kill(self._keepers.pop(node_id))
 
-    def bytes(self) -> dict[str, int]:
-        """Return how much memory the keepers' parts take, by node; silent keepers are left out."""
-        return _ask({node_id: keeper.bytes.remote() for node_id, keeper in self._keepers.items()})
+    def _tell_limits(self, needed: Collection[str]) -> None:
+        """Say where snapshots are not safe from a node's death, or find no room."""
+        answers = _ask(
+            {node_id: keeper.memory.remote() for node_id, keeper in self._keepers.items()}, REFRESH_TIMEOUT_S
+        )
+        for node_id, memory in answers.items():
+            if memory.needed_bytes > memory.limit_bytes:
+                facts = {"needed_bytes": memory.needed_bytes, "limit_bytes": memory.limit_bytes}
+                self._tell_once("snapshots_need_memory", node_id, **facts, reason="parts beyond the limit are refused")
+            if memory.held_bytes and needed == {node_id}:
+                self._tell_once("snapshots_on_one_node", node_id, reason="no other node with CPUs or GPUs is there")
+
+    def _tell_once(self, event: str, node_id: str, **facts: object) -> None:
+        if f"{event} {node_id}" not in self._told:
+            self._told.add(f"{event} {node_id}")
+            log_event(event, node=node_id, **facts)
 
     def beats(self) -> list[Beat]:
         """Return where the training processes are; those of silent nodes are left out."""
@@ -133,8 +164,8 @@ class Keepers:
             self._sent.result()
 
     def newest_whole(self) -> int | None:
-        """Return the newest step of which all parts are to be had; keepers that do not answer at once are left out."""
-        newest = _newest_whole(_inventories(find_keepers(self._run_id)).values())
+        """Return the newest step of which all parts are to be had."""
+        newest = _newest_whole(_patient_inventories(find_keepers(self._run_id)).values())
         return newest[0].step if newest is not None else None
 
     def fetch(self, step: int) -> list[Part]:
@@ -145,7 +176,7 @@ class Keepers:
         """
         keepers = find_keepers(self._run_id)
         holders: dict[PartKey, list[Any]] = {}
-        for node_id, keys in _inventories(keepers).items():
+        for node_id, keys in _patient_inventories(keepers).items():
             for key in keys:
                 # This node's own keeper is asked first: nothing has to travel.
                 place = 0 if node_id == self._homes[0] else len(keepers)
@@ -153,6 +184,8 @@ class Keepers:
         newest = _newest_whole([[key for key in holders if key.step == step]])
         if newest is None:
             raise LookupError(f"no whole snapshot of step {step} is left in the memory of the nodes")
+        for keeper in keepers.values():
+            keeper.drop_torn.remote(self._attempt, newest[0].whole)
         return [open_part(key, holders[key]) for key in newest]
 
     def _send(self, part: Part, number: int, sent: "Future[None]") -> None:
@@ -161,18 +194,26 @@ class Keepers:
             key = PartKey(
                 attempt=self._attempt, number=number, step=part.step, world_size=self._world_size, rank=self._rank
             )
-            wanted = min(COPIES, len(self._homes))
-            copies = send_part(part, key, self._takers(), copies=wanted)
-            if copies < wanted:
-                raise OSError(f"{copies} of {wanted} copies of step {part.step} found memory on a living node")
+            copies = send_part(part, key, self._takers(), copies=COPIES)
+            needed = min(COPIES, len(self._homes))
+            if copies < needed:
+                raise OSError(f"{copies} of {needed} copies of step {part.step} found memory on a living node")
             sent.set_result(None)
         except BaseException as error:
             sent.set_exception(error if isinstance(error, OSError) else OSError(str(error)))
 
-    def _takers(self) -> Iterator[Any]:
-        """Yield the keepers that this process's parts go to: its own node's, then the next nodes' in the ring."""
+    def _takers(self) -> list[Any]:
+        """Return the keepers that this process's parts go to, the first to take it first.
+
+        They are its own node's, the next nodes' in the ring, and those of nodes without processes.
+        """
+        deadline = time.monotonic() + START_TIMEOUT_S
         keepers = find_keepers(self._run_id)
-        yield from (keepers[node_id] for node_id in self._homes if node_id in keepers)
+        while not keepers.keys() >= set(self._homes) and time.monotonic() < deadline:
+            time.sleep(REFRESH_TIMEOUT_S)
+            keepers = find_keepers(self._run_id)
+        others = keepers.keys() - set(self._homes) - draining_nodes()
+        return [keepers[node_id] for node_id in (*self._homes, *sorted(others)) if node_id in keepers]
 
 
 def _homes(nodes: Sequence[str], rank: int) -> list[str]:
@@ -180,6 +221,22 @@ def _homes(nodes: Sequence[str], rank: int) -> list[str]:
     ring = list(dict.fromkeys(nodes))
     own = ring.index(nodes[rank])
     return ring[own:] + ring[:own]
+
+
+def _needed(homes: Collection[str], limits: Mapping[str, int], kept: Collection[str]) -> set[str]:
+    """Return the nodes that need a keeper: those of workers, and as many others as the copies lack.
+
+    Args:
+        homes: nodes of the workers.
+        limits: what a keeper may hold on each living node.
+        kept: nodes that have a keeper already, which stay.
+    """
+    needed = limits.keys() & set(homes)
+    if not needed or len(needed) >= COPIES:
+        return needed
+    others = limits.keys() - needed - draining_nodes()
+    best = sorted(others, key=lambda node_id: (node_id not in kept, -limits[node_id], node_id))
+    return needed | set(best[: COPIES - len(needed)])
 
 
 def _ask(questions: Mapping[K, Any], timeout_s: float = ASK_TIMEOUT_S) -> dict[K, Any]:
@@ -200,6 +257,18 @@ def _ask(questions: Mapping[K, Any], timeout_s: float = ASK_TIMEOUT_S) -> dict[K
 def _inventories(keepers: Mapping[str, Any], timeout_s: float = ASK_TIMEOUT_S) -> dict[str, list[PartKey]]:
     """Return the complete parts of each keeper that answers, by node."""
     return _ask({node_id: keeper.inventory.remote() for node_id, keeper in keepers.items()}, timeout_s)
+
+
+def _patient_inventories(keepers: Mapping[str, Any]) -> dict[str, list[PartKey]]:
+    """Return the complete parts of each keeper by node; what is left out is told in the log."""
+    found = _inventories(keepers)
+    if late := keepers.keys() - found.keys():
+        living = which_answer(late)
+        found |= _inventories({node_id: keepers[node_id] for node_id in living}, LATE_TIMEOUT_S)
+        for node_id in late - found.keys():
+            reason = "it is silent, its node is not" if node_id in living else "its node does not answer"
+            log_event("keeper_left_out", node=node_id, reason=reason)
+    return found
 
 
 def _newest_whole(inventories: Iterable[Iterable[PartKey]]) -> list[PartKey] | None:

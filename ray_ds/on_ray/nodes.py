@@ -1,11 +1,13 @@
 """The nodes that training may use: alive, not about to leave, and answering."""
 
 import socket
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import ray
 from ray._private.state import state as ray_state
+from ray.util.placement_group import PlacementGroup, placement_group_table
 
 from ray_ds.on_ray.sizing import Node, workers_that_fit
 
@@ -36,6 +38,17 @@ def usable_nodes(need: Mapping[str, float], held: Mapping[str, int], most: int, 
     return answering(nodes) if probe else nodes
 
 
+def reserved(group: PlacementGroup | None) -> Counter[str]:
+    """Return the bundles that a placement group holds on each node; none where it is gone, or there is none.
+
+    Ray moves those of a dead node to another one that has room.
+    """
+    if group is None:
+        return Counter()
+    table = placement_group_table(group)
+    return Counter() if table["state"] == "REMOVED" else Counter(table["bundles_to_node_id"].values())
+
+
 def draining_nodes() -> set[str]:
     """Return the nodes that were told to leave, by `ray drain-node`, the autoscaler or a spot notice."""
     return set(ray_state.get_draining_nodes())
@@ -43,11 +56,28 @@ def draining_nodes() -> set[str]:
 
 def answering(nodes: Sequence[Node]) -> list[Node]:
     """Return the nodes whose raylet accepts a connection; Ray itself takes seconds to notice a death."""
-    if not nodes:
-        return []
-    with ThreadPoolExecutor(max_workers=min(64, len(nodes))) as pool:
-        answers = pool.map(_accepts, [node.address for node in nodes])
-        return [node for node, is_up in zip(nodes, answers, strict=True) if is_up]
+    reached = _which_accept({node.node_id: node.address for node in nodes})
+    return [node for node in nodes if node.node_id in reached]
+
+
+def which_answer(node_ids: Collection[str]) -> set[str]:
+    """Return those of the nodes whose raylet accepts a connection."""
+    return _which_accept(
+        {
+            node["NodeID"]: (node["NodeManagerAddress"], node["NodeManagerPort"])
+            for node in ray.nodes()
+            if node["Alive"] and node["NodeID"] in node_ids
+        }
+    )
+
+
+def _which_accept(addresses: Mapping[str, tuple[str, int]]) -> set[str]:
+    """Return the nodes where something listens."""
+    if not addresses:
+        return set()
+    with ThreadPoolExecutor(max_workers=min(64, len(addresses))) as pool:
+        answers = pool.map(_accepts, addresses.values())
+        return {node_id for node_id, is_up in zip(addresses, answers, strict=True) if is_up}
 
 
 def _accepts(address: tuple[str, int]) -> bool:

@@ -30,6 +30,8 @@ def send_part(part: Part, key: PartKey, takers: Iterable[Any], *, copies: int) -
     for keeper in takers:
         if len(willing) < copies and answer(keeper.begin.remote(header)):
             willing.append(keeper)
+    if not willing:
+        return 0
     pending: list[list[Any]] = []
     for start, pieces in _chunks(list(arrays.values())):
         chunk = ray.put(pieces)

@@ -4,7 +4,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -97,7 +97,7 @@ def train_on_ray(
         while not outcome.done():
             if stop is not None and stop.is_set():
                 board.ask.remote(Request.STOP, "the job was told to stop")
-            _look_after(fleet, hang_watch)
+            _look_after(fleet, watch.nodes, hang_watch)
             watch.pass_on()
             if stop is not None and stop.is_set() and is_stock and watch.silent_s > SILENT_S:
                 raise TrainingStopped(None)  # our own policy says so itself; Ray Train's cannot be asked
@@ -109,10 +109,10 @@ def train_on_ray(
     return read_outcome(outcome)
 
 
-def _look_after(fleet: KeeperFleet, hang_watch: HangWatch) -> None:
-    """Keep a keeper on each node and look for hung workers; Ray's head may be silent for a while."""
+def _look_after(fleet: KeeperFleet, nodes: Sequence[str], hang_watch: HangWatch) -> None:
+    """Keep a keeper on the workers' nodes and look for hung workers; Ray's head may be silent for a while."""
     try:
-        fleet.refresh()
+        fleet.refresh(nodes)
         hang_watch.look(time.monotonic())
     except RayError as error:
         log_event("keepers_unreachable", reason=str(error).splitlines()[0])
@@ -126,13 +126,15 @@ class _Watch:
         self._on_report = on_report
         self._on_event = on_event
         self._num_events = 0
+        self.nodes: Sequence[str] = []
+        """Where the workers are."""
         self.silent_s = math.inf
         """Time since a worker was heard of."""
 
     def pass_on(self) -> None:
         """Hand over what is new."""
         news: News = ray.get(self._board.collect.remote(self._num_events))
-        self.silent_s = news.silent_s
+        self.nodes, self.silent_s = news.nodes, news.silent_s
         self._num_events += len(news.events)
         for record in news.records:
             self._on_report(record)

@@ -8,7 +8,8 @@ element `offset` on in the part's tensor `tensor`.
 import bisect
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Generic, TypeVar
 
 import pydantic
 import torch
@@ -16,7 +17,10 @@ from pydantic import JsonValue
 from torch import Tensor
 
 from ray_ds.errors import ArtifactError
-from ray_ds.train.state import Kind
+from ray_ds.train.state import Kind, Stretch
+
+P = TypeVar("P")
+"""What a part is to whoever asks the catalog."""
 
 FORMAT = 1
 
@@ -89,65 +93,89 @@ def decode_index(index: JsonValue, place: str) -> Index:
     return found
 
 
-Fetch = Callable[[Run, int, Tensor], None]
-"""Copies elements of a run, from its so-manieth on, into a tensor."""
+@dataclass(frozen=True, slots=True)
+class Found(Generic[P]):
+    """Where some elements lie."""
+
+    part: P
+    run: Run
+    first: int
+    """The first of them in the run."""
+    count: int
 
 
 @dataclass(slots=True)
-class _Runs:
+class _Runs(Generic[P]):
     """The runs of one logical tensor, in order of their start."""
 
     starts: list[int] = field(default_factory=list)
-    runs: list[tuple[Run, Fetch]] = field(default_factory=list)
+    runs: list[tuple[Run, P]] = field(default_factory=list)
 
 
-class Catalog:
+class Catalog(Generic[P]):
     """Where the elements of each logical tensor lie, over all parts of a state."""
 
     def __init__(self, place: str) -> None:
         self._place = place
-        self._found: dict[tuple[str, Kind], _Runs] = {}
+        self._runs: dict[tuple[str, Kind], _Runs[P]] = {}
 
-    def add(self, index: Index, fetch: Fetch) -> None:
+    def add(self, index: Index, part: P) -> None:
         """Take a part's runs in."""
         for run in index.runs:
-            found = self._found.setdefault((run.name, run.kind), _Runs())
-            at = bisect.bisect(found.starts, run.start)
-            found.starts.insert(at, run.start)
-            found.runs.insert(at, (run, fetch))
+            known = self._runs.setdefault((run.name, run.kind), _Runs())
+            at = bisect.bisect(known.starts, run.start)
+            known.starts.insert(at, run.start)
+            known.runs.insert(at, (run, part))
 
     def has(self, name: str, kind: Kind) -> bool:
         """Tell whether any element of a tensor is there."""
-        return (name, kind) in self._found
+        return (name, kind) in self._runs
 
-    def read(self, name: str, kind: Kind, start: int, stop: int) -> Tensor:
-        """Return elements of a logical tensor from whatever runs hold them.
+    def find(self, wanted: Stretch) -> list[Found[P]]:
+        """Return where the elements of a stretch lie, in their order, each once.
 
         Raises:
             ArtifactError: the runs do not cover them.
         """
-        assert 0 <= start <= stop, f"{name}: elements {start} to {stop} are no range"
-        found = self._found.get((name, kind))
-        if found is None:
-            raise self._missing(name, kind, start, stop)
-        result = torch.empty(stop - start, dtype=getattr(torch, found.runs[0][0].dtype))
-        at = start
-        for run, fetch in found.runs[max(0, bisect.bisect(found.starts, start) - 1) :]:
-            if at >= stop or run.start > at:
+        assert 0 <= wanted.start <= wanted.stop, f"{wanted} is no range"
+        known = self._runs.get((wanted.name, wanted.kind))
+        if known is None:
+            raise self._missing(wanted)
+        found: list[Found[P]] = []
+        at = wanted.start
+        for run, part in known.runs[max(0, bisect.bisect(known.starts, at) - 1) :]:
+            if at >= wanted.stop or run.start > at:
                 break
-            end = min(stop, run.stop)
+            end = min(wanted.stop, run.stop)
             if end > at:
-                fetch(run, at - run.start, result[at - start : end - start])
+                found.append(Found(part, run, at - run.start, end - at))
                 at = end
-        if at < stop:
-            following = [begin for begin in found.starts if begin > at]
-            raise self._missing(name, kind, at, min([stop, *following]))
+        if at < wanted.stop:
+            following = [begin for begin in known.starts if begin > at]
+            raise self._missing(replace(wanted, start=at, stop=min([wanted.stop, *following])))
+        return found
+
+    def read(self, wanted: Stretch, fetch: Callable[[Found[P], Tensor], None]) -> Tensor:
+        """Return the elements of a stretch from whatever runs hold them.
+
+        Args:
+            fetch: copies elements from where they lie into a tensor of as many.
+        Raises:
+            ArtifactError: the runs do not cover them.
+        """
+        found = self.find(wanted)
+        dtype = self._runs[wanted.name, wanted.kind].runs[0][0].dtype
+        result = torch.empty(wanted.stop - wanted.start, dtype=getattr(torch, dtype))
+        at = 0
+        for place in found:
+            fetch(place, result[at : at + place.count])
+            at += place.count
         return result
 
-    def _missing(self, name: str, kind: Kind, start: int, stop: int) -> ArtifactError:
-        found = self._found.get((name, kind))
-        whole = f" of {math.prod(found.runs[0][0].shape)}" if found is not None else ""
-        value = f"{kind} of {name}: no elements {start} to {stop}{whole}"
+    def _missing(self, lacking: Stretch) -> ArtifactError:
+        known = self._runs.get((lacking.name, lacking.kind))
+        whole = f" of {math.prod(known.runs[0][0].shape)}" if known is not None else ""
+        value = f"{lacking.kind} of {lacking.name}: no elements {lacking.start} to {lacking.stop}{whole}"
         allowed = "must hold every element that is read"
         return ArtifactError(
             self._place, value, allowed, "check that model and optimizer are those it was written with"

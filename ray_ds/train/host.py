@@ -15,8 +15,10 @@ class Request(IntEnum):
 
     NONE = 0
     PAUSE = 1
-    """Make the state safe, then wait: the processes will be replaced by more or fewer."""
-    STOP = 2
+    """Make the state safe, in memory at least, then wait: the processes will be replaced by more or fewer."""
+    LEAVE = 2
+    """Make the state safe on storage too, then wait: the nodes whose memory holds it may all go."""
+    STOP = 3
     """Make the state safe on storage, then end: the job was told to stop."""
 
 
@@ -106,8 +108,11 @@ class Host(Protocol):
             OSError: storage does not answer, so that nobody knows.
         """
 
-    def safe(self, step: int) -> None:
+    def safe(self, step: int, met: Request) -> Request:
         """Say that the state after `step` is safe and this process will do no more; waits until it is ended.
 
-        Returns only after a request to stop; every process calls it.
+        Args:
+            met: the request that the state was made safe for.
+        Returns:
+            A request that asks for more than `met` did; `STOP` at once where that was it.
         """

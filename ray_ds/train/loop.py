@@ -19,7 +19,7 @@ from ray_ds.train.best import load_best
 from ray_ds.train.checkpoints import METRICS
 from ray_ds.train.export import export_model
 from ray_ds.train.goodput import Goodput, read_attempts, write_attempts
-from ray_ds.train.host import Host
+from ray_ds.train.host import Host, Request
 from ray_ds.train.metrics import (
     MetricsLog,
     Record,
@@ -55,10 +55,12 @@ def train(task: TrainTask, host: Host) -> TrainResult | Stopped:
     with closing(TrainLoop(task, host)) as loop:
         loop.resume()
         while loop.step < task.settings.num_steps:
-            if loop.run_step():
-                host.safe(loop.step)
+            request = loop.run_step()
+            while request is not Request.NONE:
+                request = host.safe(loop.step, request)
                 loop.store()
-                return Stopped(step=loop.step)
+                if request is Request.STOP:
+                    return Stopped(step=loop.step)
         return loop.finish()
 
 
@@ -119,8 +121,8 @@ class TrainLoop:
         self.bad_steps = BadSteps(self.settings, progress.records, count=progress.bad_steps)
         self.stepper.batches.read_ahead(self.cursor)
 
-    def run_step(self) -> bool:
-        """Train on one batch and keep what is due; tell whether the state is safe and training is to pause or end."""
+    def run_step(self) -> Request:
+        """Train on one batch and keep what is due; return what was asked for, for which the state is safe now."""
         started = time.perf_counter()
         number = self.step + 1
         with self.profiler.step(number):
@@ -128,17 +130,18 @@ class TrainLoop:
                 sums, terms = self.stepper.forward_backward(number, self.cursor)
             word = self._update(number, Agreement(sums, self._word()), terms, started)
         if word is None:
-            return False
+            return Request.NONE
         self._step_s = time.perf_counter() - started
         self._validate_and_show()
         self.host.beat("keeping the state")
         with self.profiler.phase("keep"):
-            is_safe = self.safekeeping.keep(self._progress(), word, is_last=self.step == self.settings.num_steps)
+            asked = self.safekeeping.keep(self._progress(), word, is_last=self.step == self.settings.num_steps)
         self._other_s = time.perf_counter() - started - self._step_s - self.safekeeping.snapshot_s
-        return is_safe
+        return asked
 
     def store(self) -> None:
-        """Bring the state to storage, for training will not go on here: what is in memory ends with the job."""
+        """Bring the state to storage, for training will not go on here: what is in memory may go with the nodes."""
+        self.host.beat("keeping the state")
         self.safekeeping.store(self._progress())
 
     def _progress(self) -> Progress:

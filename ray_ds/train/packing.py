@@ -1,18 +1,21 @@
-"""State packed into plain memory: a few large tensors, and an index that says what lies where in them."""
+"""State packed into plain memory: large tensors, and an index that says what lies where in them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from pydantic import JsonValue
 from torch import Tensor
 
 from ray_ds.errors import ArtifactError
-from ray_ds.train.catalog import FORMAT, Catalog, Fetch, Run, decode_index, encode_run
+from ray_ds.train.catalog import FORMAT, Catalog, Found, Run, decode_index, encode_run
 from ray_ds.train.host import Part
-from ray_ds.train.state import EngineState, Kind, Piece
+from ray_ds.train.state import EngineState, Kind, Piece, Stretch
 
-TENSOR_BYTES = 1 << 30
-"""Largest tensor of a part; a piece that does not fit goes on in the next."""
+TENSOR_BYTES = 32 << 20
+"""Largest tensor of a part; a piece that does not fit goes on in the next.
+
+A process that goes on from parts in other nodes' memory fetches whole tensors, so smaller ones spare it more of what it
+has no use for; each costs a copy to itself."""
 
 
 def pack(
@@ -144,9 +147,10 @@ class PackedState:
                 raise ArtifactError(place, value, "must be parts of one state", "go on from a checkpoint instead")
         self._own = {part.rank: index.own for part, index in zip(parts, indexes, strict=True)}
         self._index = indexes[0]
-        self._catalog = Catalog(place)
+        self._place = place
+        self._catalog: Catalog[Part] = Catalog(place)
         for part, index in zip(parts, indexes, strict=True):
-            self._catalog.add(index, _fetch_from(part, place))
+            self._catalog.add(index, part)
 
     @property
     def facts(self) -> Mapping[str, JsonValue]:
@@ -172,7 +176,34 @@ class PackedState:
         Raises:
             ArtifactError: the pieces do not cover them.
         """
-        return self._catalog.read(name, kind, start, stop)
+        return self._catalog.read(Stretch(name=name, kind=kind, start=start, stop=stop), self._fetch)
+
+    def bring(self, wanted: Iterable[Stretch]) -> None:
+        """Look up all that will be read, and no more: a part's tensors may lie elsewhere and travel when looked up.
+
+        Args:
+            wanted: tensors that the state does not have are passed over.
+        Raises:
+            ArtifactError: the pieces do not cover it.
+            LookupError: it is no longer where it lay.
+        """
+        for stretch in wanted:
+            if self.has(stretch.name, stretch.kind):
+                for found in self._catalog.find(stretch):
+                    self._tensor(found)
+
+    def _tensor(self, found: Found[Part]) -> Tensor:
+        """Return the tensor of a part that elements lie in."""
+        part, run = found.part, found.run
+        tensor = part.tensors.get(run.tensor)
+        if tensor is None or str(tensor.dtype) != f"torch.{run.dtype}" or tensor.numel() < run.offset + run.numel:
+            value = f"{run.kind} of {run.name}: {run.tensor} of rank {part.rank} lacks or is too short"
+            raise ArtifactError(self._place, value, "must hold what its index says", "go on from a checkpoint instead")
+        return tensor
+
+    def _fetch(self, found: Found[Part], target: Tensor) -> None:
+        begin = found.run.offset + found.first
+        target.copy_(self._tensor(found)[begin : begin + found.count])
 
 
 def _check_whole(parts: Sequence[Part], place: str) -> None:
@@ -186,15 +217,3 @@ def _check_whole(parts: Sequence[Part], place: str) -> None:
         return
     allowed = f"must be the parts of ranks 0 to {first.world_size - 1} of one step"
     raise ArtifactError(place, value, allowed, "go on from a checkpoint instead")
-
-
-def _fetch_from(part: Part, place: str) -> Fetch:
-    def fetch(run: Run, first: int, target: Tensor) -> None:
-        source = part.tensors.get(run.tensor)
-        begin = run.offset + first
-        if source is None or source.dtype != target.dtype or source.numel() < begin + target.numel():
-            value = f"{run.kind} of {run.name}: {run.tensor} of rank {part.rank} lacks or is too short"
-            raise ArtifactError(place, value, "must hold what its index says", "go on from a checkpoint instead")
-        target.copy_(source[begin : begin + target.numel()])
-
-    return fetch

@@ -14,7 +14,7 @@ from ray_ds.errors import ArtifactError
 from ray_ds.logs import log_event
 from ray_ds.train.agreement import Word
 from ray_ds.train.cadence import SnapshotCadence
-from ray_ds.train.checkpoints import CheckpointReader, CheckpointWriter, Commit, delete_newer, find_latest
+from ray_ds.train.checkpoints import CheckpointReader, CheckpointWriter, Commit, Verify, delete_newer, find_latest
 from ray_ds.train.host import Host, Part, Request
 from ray_ds.train.metrics import Record, decode, encode
 from ray_ds.train.packing import PackedState, pack
@@ -82,12 +82,13 @@ class Safekeeping:
             TakenOverError: another job has taken over the run.
         """
         commit, snapshot_step = self._choose()
-        self._committed = commit.step if commit is not None else 0
+        progress = None
         if snapshot_step is not None:
             progress = self._restore_snapshot(snapshot_step, commit)
-            if progress is not None:
-                return progress
-        return self._restore_checkpoint(commit) if commit is not None else None
+            if progress is None:
+                commit = _broadcast(self._find_checkpoint("sha256") if self._host.rank == 0 else None)
+        self._committed = commit.step if commit is not None else 0
+        return self._restore_checkpoint(commit) if progress is None and commit is not None else progress
 
     def go_back(self) -> Progress | None:
         """Load the newest regular checkpoint and drop all newer ones; None where there is none.
@@ -123,17 +124,27 @@ class Safekeeping:
         return progress
 
     def _choose(self) -> tuple[Commit | None, int | None]:
-        """Return the newest checkpoint, and the step of a snapshot if that is newer; rank 0 looks, its word counts."""
+        """Return the newest checkpoint, and the step of a snapshot if that is newer; rank 0 looks, its word counts.
+
+        Of a checkpoint that no weights are read from the files' sizes will do: their hashes take a look at every byte.
+        """
         if self._host.rank:
             nothing: tuple[Commit | None, int | None] = (None, None)
             return _broadcast(nothing)
         self._host.check_alone()
-        commit = find_latest(self._root)
         step = self._store.newest_whole() if self._store is not None else None
+        commit = self._find_checkpoint("sha256" if step is None else "sizes")
+        if step is not None and commit is not None and step <= commit.step:
+            commit = self._find_checkpoint("sha256")  # may be an older one, so that the snapshot is newer after all
         is_newer = step is not None and (commit is None or step > commit.step)
+        return _broadcast((commit, step if is_newer else None))
+
+    def _find_checkpoint(self, verify: Verify) -> Commit | None:
+        """Return the newest whole checkpoint, and delete what there is of newer ones."""
+        commit = find_latest(self._root, verify=verify)
         if commit is not None:
             delete_newer(self._root, commit.step)
-        return _broadcast((commit, step if is_newer else None))
+        return commit
 
     def _restore_snapshot(self, step: int, commit: Commit | None) -> Progress | None:
         """Load a snapshot, or return None on every process where one of them cannot: its memory may just be gone."""
@@ -142,8 +153,7 @@ class Safekeeping:
             parts = self._store.fetch(step)
             state = PackedState(parts)
             records = self._records_until(step, commit, state)
-            for part in parts:
-                dict(part.tensors)  # travels now: the engine's own collectives must not wait for one that fails
+            state.bring(self._engine.needs())  # now: the engine's own collectives must not wait for one that fails
         except (LookupError, ArtifactError) as error:
             log_event("snapshot_unusable", step=step, rank=self._host.rank, reason=str(error))
             state = None
@@ -177,8 +187,8 @@ class Safekeeping:
             log_event("resumed", step=step, cursor=cursor, source=source, world_size=self._host.world_size)
         return Progress(step=step, cursor=cursor, records=records, bad_steps=bad_steps)
 
-    def keep(self, progress: Progress, word: Word, *, is_last: bool) -> bool:
-        """Keep the state after a step where it is due or asked for; tell whether it is safe because it was asked for.
+    def keep(self, progress: Progress, word: Word, *, is_last: bool) -> Request:
+        """Keep the state after a step where it is due or asked for; return what was asked for, which is done now.
 
         Raises:
             ArtifactError: checkpoints could not be written several times in a row.
@@ -189,20 +199,19 @@ class Safekeeping:
             self._writer.abandon("another rank's part failed")
         self._writer.poll()
         self._cadence.record(word.step_s, stall_s=word.stall_s, is_sending=word.is_sending, other_s=word.other_s)
-        is_asked = word.request is not Request.NONE and not is_last
-        to_memory = self._store is not None and word.request is not Request.STOP
-        if is_last or progress.step % self._settings.checkpoint_every == 0 or (is_asked and not to_memory):
+        asked = Request.NONE if is_last else word.request
+        to_memory = self._store is not None and asked in (Request.PAUSE, Request.LEAVE)
+        to_storage = asked in (Request.LEAVE, Request.STOP)
+        if is_last or progress.step % self._settings.checkpoint_every == 0 or to_storage:
             self._checkpoint(progress)
-        if self._store is not None and (self._cadence.is_due() or (is_asked and to_memory)):
+        if self._store is not None and (self._cadence.is_due() or to_memory):
             self._snapshot(progress)
-        if not is_asked:
-            return False
-        if not to_memory:
-            self._writer.wait()
-        elif not _all_agree(self._has_arrived(), self._host.device):
-            self._checkpoint(progress)
-            self._writer.wait()
-        return True
+        if asked is Request.NONE:
+            return asked
+        is_in_memory = to_memory and _all_agree(self._has_arrived(), self._host.device)
+        if to_storage or not is_in_memory:
+            self.store(progress)
+        return asked
 
     def store(self, progress: Progress) -> None:
         """Write a checkpoint of this step unless there is one, and wait for it."""

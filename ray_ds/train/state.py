@@ -38,6 +38,17 @@ class Piece:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Stretch:
+    """Neighbouring elements of a logical tensor, without their values."""
+
+    name: str
+    kind: Kind
+    start: int
+    """Where they begin, counted in elements of the flattened tensor."""
+    stop: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class EngineState:
     """One process's part of an engine's state."""
 

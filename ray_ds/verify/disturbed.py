@@ -45,9 +45,9 @@ class WatchedHost:
         """Make sure that no other job has taken over the run."""
         self._host.check_alone()
 
-    def safe(self, step: int) -> None:
+    def safe(self, step: int, met: Request) -> Request:
         """Say that the state is safe."""
-        self._host.safe(step)
+        return self._host.safe(step, met)
 
 
 def train_paced(task: TrainTask, host: Host, *, pace_s: float, below: int | None = None) -> TrainResult | Stopped:

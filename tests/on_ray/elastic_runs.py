@@ -36,10 +36,12 @@ def count_steps(task: TrainTask, host: Host) -> TrainResult | Stopped:
         host.beat(f"step {step + 1}")
         request = torch.tensor(int(host.request()))
         torch.distributed.all_reduce(request, op=torch.distributed.ReduceOp.MAX)
-        if int(request) != Request.NONE:
+        asked = Request(int(request))
+        if asked is not Request.NONE:
             save(state, step, host)
             torch.distributed.barrier()
-            host.safe(step)
+            while asked is not Request.STOP:
+                asked = host.safe(step, asked)
             return Stopped(step=step)
         time.sleep(STEP_S)
         step += 1

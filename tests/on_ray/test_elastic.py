@@ -22,6 +22,8 @@ from ray.train.v2._internal.execution.controller.controller import TrainControll
 from ray.train.v2._internal.execution.failure_handling.default import DefaultFailurePolicy
 from ray.train.v2._internal.execution.scaling_policy import NoopDecision, ResizeDecision, ScalingPolicy
 from ray.train.v2._internal.execution.scaling_policy.elastic import ElasticScalingPolicy
+from ray.train.v2._internal.execution.worker_group.placement_group_handle import PlacementGroupHandle
+from ray.train.v2._internal.execution.worker_group.state import WorkerGroupState
 from ray.train.v2._internal.execution.worker_group.worker import ActorMetadata, RayTrainWorker, Worker
 from ray.train.v2._internal.execution.worker_group.worker_group import WorkerGroup
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
@@ -68,6 +70,7 @@ CONTRACT: list[tuple[Callable[..., Any], str]] = [
      "placement_group_bundle_index"),
     (_TorchBackend.on_shutdown, "self, worker_group, backend_config"),
     (BackendSetupCallback.before_execution_group_shutdown, "self, execution_group"),
+    (PlacementGroupHandle.placement_group.fget, "self"),
     (GlobalState.get_draining_nodes, "self"),
     (GlobalState.available_resources_per_node, "self"),
 ]  # fmt: skip
@@ -89,6 +92,7 @@ def test_contract_of_names_and_fields() -> None:
     assert TrainController.worker_group_cls is WorkerGroup and WorkerGroup._worker_cls is RayTrainWorker, message
     assert TorchConfig().backend_cls is _TorchBackend, message
     assert issubclass(TorchTrainer, DataParallelTrainer), message
+    assert {"workers", "start_time", "placement_group_handle"} <= set(WorkerGroupState.__dataclass_fields__), message
     assert {"node_id", "pid", "accelerator_ids"} <= set(ActorMetadata.__dataclass_fields__), message
     assert list(ResizeDecision.__dataclass_fields__) == ["num_workers", "resources_per_worker"], message
     controller = inspect.getsource(TrainController)
@@ -128,11 +132,12 @@ class Cluster:
         monkeypatch.setattr(elastic, "draining_nodes", lambda: self.draining)
         monkeypatch.setattr(elastic, "usable_nodes", self._usable)
         monkeypatch.setattr(elastic, "answering", lambda nodes: list(nodes))
+        monkeypatch.setattr(elastic, "reserved", lambda group: group or Counter())
         monkeypatch.setattr(elastic.time, "monotonic", lambda: self.now)
 
     def _usable(self, need: Any, held: Counter[str], most: int, *, probe: bool = True) -> list[Node]:
         return [
-            Node(node_id=name, address=("", 0), total=1, free=0 if name in self.busy else 1)
+            Node(node_id=name, address=("", 0), total=1, free=held[name] if name in self.busy else 1)
             for name in self.nodes
             if name not in self.draining
         ]
@@ -153,15 +158,16 @@ class Cluster:
             return 0
         self.policy.on_controller_start_worker_group(scaling_config=None, num_workers=decision.num_workers)
         for rank in range(decision.num_workers):
-            self.board.join(rank, decision.num_workers)
+            self.board.join(rank, decision.num_workers, "node")
         staying = [name for name in self.nodes if name not in self.draining][: decision.num_workers]
         workers = [SimpleNamespace(metadata=SimpleNamespace(node_id=name)) for name in staying]
-        self.group = SimpleNamespace(workers=workers, start_time=self.now)
+        handle = SimpleNamespace(placement_group=Counter(staying))
+        self.group = SimpleNamespace(workers=workers, start_time=self.now, placement_group_handle=handle)
         return int(decision.num_workers)
 
     def say_safe(self) -> None:
         for rank in range(self.board.num_workers):
-            self.board.safe(self.board.attempt, rank, 7)
+            self.board.safe(self.board.attempt, rank, 7, self.board.request)
 
 
 class _Handle:
@@ -172,6 +178,18 @@ class _Handle:
 
     def __getattr__(self, name: str) -> Any:
         return SimpleNamespace(remote=getattr(self._board, name))
+
+
+def test_room_that_ray_has_moved_to_another_node_for_the_lost_group_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = Cluster(monkeypatch, 2, allowed=(1,))
+    assert cluster.start() == 1
+    assert cluster.ask() == 0
+    lost = cluster.group.workers[0].metadata.node_id
+    (other,) = (name for name in cluster.nodes if name != lost)
+    cluster.nodes.remove(lost)
+    cluster.busy = {other}
+    cluster.group.placement_group_handle.placement_group.update({other: 1, lost: -1})
+    assert cluster.start() == 1
 
 
 def test_starts_with_what_fits_and_waits_a_little_for_what_is_still_held(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,6 +272,37 @@ def test_a_draining_node_without_workers_of_ours_is_left_alone(monkeypatch: pyte
     cluster.nodes.append("leaving")
     cluster.draining = {"leaving"}
     assert [cluster.ask(5.0) for _ in range(3)] == [0, 0, 0] and cluster.board.request is Request.NONE
+
+
+@pytest.mark.parametrize(
+    ("num_nodes", "allowed", "draining"),
+    [
+        pytest.param(1, None, {"node0"}, id="all workers are on the node"),
+        pytest.param(4, None, {"node1", "node2"}, id="two nodes that may hold the same parts"),
+        pytest.param(2, (2,), {"node1"}, id="too little is left to go on"),
+    ],
+)
+def test_state_goes_to_storage_where_the_nodes_that_hold_it_may_all_go(
+    monkeypatch: pytest.MonkeyPatch, num_nodes: int, allowed: tuple[int, ...] | None, draining: set[str]
+) -> None:
+    cluster = Cluster(monkeypatch, num_nodes, allowed=allowed)
+    assert cluster.start() == num_nodes
+    cluster.draining = draining
+    assert cluster.ask() == 0 and cluster.board.request is Request.LEAVE
+
+
+def test_state_in_memory_goes_to_storage_when_a_second_node_drains(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = Cluster(monkeypatch, 2)
+    assert cluster.start() == 2
+    cluster.draining = {"node1"}
+    assert cluster.ask() == 0 and cluster.board.request is Request.PAUSE
+    cluster.say_safe()
+    cluster.draining = {"node0", "node1"}
+    assert cluster.ask() == 0 and cluster.board.request is Request.LEAVE
+    cluster.nodes.append("new")
+    assert cluster.ask() == 0, "it did not wait until the state was on storage"
+    cluster.say_safe()
+    assert cluster.ask() == 1
 
 
 def test_stays_paused_where_too_little_is_left_until_nodes_come(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,21 +4,26 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import ray
 from ray.cluster_utils import Cluster
 from ray.train.torch import TorchTrainer
 from ray.train.v2.api.exceptions import WorkerGroupError
+from ray.util import list_named_actors
 
 from ray_ds.on_ray import trainer
 from ray_ds.on_ray.elastic import SETTLE_S, ElasticTorchTrainer
+from ray_ds.on_ray.keeper import find_keepers
 from ray_ds.on_ray.outcome import LostTooOften
 from ray_ds.on_ray.trainer import TrainingStopped
 from ray_ds.train.host import Host
 from ray_ds.train.task import Stopped, TrainResult, TrainTask
 from tests.on_ray.elastic_runs import STEP_S, Run, bring_to, count_steps, drain_node, kill_node, worker_node_ids
-from tests.on_ray.two_nodes import start_cluster
+from tests.on_ray.kill_join_schedules import SETTINGS, train_slowly
+from tests.on_ray.two_nodes import start_cluster, wait_for
 from tests.train.runs import make_settings, make_task
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -28,6 +33,10 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 def cluster() -> Iterator[Cluster]:
     with start_cluster() as cluster:
         yield cluster
+
+
+def is_keeper(actor: dict[str, str]) -> bool:
+    return actor["name"].startswith("keeper-")
 
 
 @pytest.mark.shows("Training grows onto a node that joins without losing a step: it pauses safely first")
@@ -76,6 +85,29 @@ def test_draining_node_is_left_in_time_and_no_step_is_lost(cluster: Cluster, tmp
     kill_node(cluster, leaving)
 
 
+@pytest.mark.shows(
+    "All nodes may drain and go: training's state is on storage in time, and the next node loses no step"
+)
+def test_all_nodes_drain_and_a_later_one_goes_on_without_a_step_lost(cluster: Cluster, tmp_path: Path) -> None:
+    bring_to(cluster, 2)
+    run = Run(tmp_path, loop=train_slowly, **{**SETTINGS, "checkpoint_every": 1000}, snapshot_every="auto", steps=2000)
+    run.wait_until(lambda run: len(run.records) > 10 and run.records[-1]["world_size"] == 2)
+    leaving = worker_node_ids()
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda node_id: drain_node(cluster, node_id, 60), leaving))
+    run.wait_until(lambda run: "leave_asked" in run.kinds() and run.kinds()[-1] == "safe")
+    before = len(run.records)
+    for node_id in leaving:
+        kill_node(cluster, node_id)
+    wait_for(lambda: not worker_node_ids())
+    assert not any(is_keeper(actor) for actor in list_named_actors(all_namespaces=True)), "memory of the run is left"
+    bring_to(cluster, 1)
+    run.wait_until(lambda run: len(run.records) > before + 5)
+    run.end()
+    assert [int(record["step"]) for record in run.records] == list(range(1, len(run.records) + 1))
+    assert "workers_lost" not in run.kinds()
+
+
 @pytest.mark.shows("Training goes on with the survivors when a node is killed, from the newest state")
 def test_killed_node_leaves_the_survivors_training(cluster: Cluster, tmp_path: Path) -> None:
     bring_to(cluster, 2)
@@ -88,6 +120,24 @@ def test_killed_node_leaves_the_survivors_training(cluster: Cluster, tmp_path: P
     first = next(step for step, record in zip(run.steps, run.records, strict=True) if record["workers"] == 1)
     assert run.steps[before - 1] - 10 <= first <= max(run.steps), "more than the steps since the last state were lost"
     assert run.kinds().count("workers_lost") == 1
+
+
+@pytest.mark.shows("Training goes on from another node's memory though the one node with all workers is killed")
+def test_the_only_node_with_workers_is_killed_and_another_has_the_state(cluster: Cluster, tmp_path: Path) -> None:
+    bring_to(cluster, 2)
+    settings = {**SETTINGS, "checkpoint_every": 1000, "num_workers": 1, "snapshot_every": 5, "steps": 2000}
+    run = Run(tmp_path, loop=train_slowly, **settings)
+    run.wait_until(lambda run: len(run.records) > 20)
+    (name,) = {actor["name"].rpartition("-")[0] for actor in list_named_actors(all_namespaces=True) if is_keeper(actor)}
+    beats = [ray.get(keeper.beats.remote()) for keeper in find_keepers(name.removeprefix("keeper-")).values()]
+    (beat,) = [beat for of_node in beats for beat in of_node]
+    before = len(run.records)
+    kill_node(cluster, beat.node_id)
+    run.wait_until(lambda run: run.kinds().count("stepping") == 2 and len(run.records) > before + 10)
+    run.end()
+    again = int(next(event.facts["step"] for event in run.events[::-1] if event.kind == "stepping"))
+    assert 1 < again <= run.steps[before - 1] + 1, "nothing is on storage: it began anew"
+    assert set(run.steps) == set(range(1, max(run.steps) + 1))
 
 
 @pytest.mark.shows("A run that is told to stop ends once its state is safe; the next submit goes on from there")

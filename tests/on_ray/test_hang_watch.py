@@ -230,7 +230,7 @@ def test_hung_worker_of_ray_train_is_found_in_time_with_traces_and_replaced(kind
     ray.init("local", num_cpus=2, object_store_memory=80_000_000, include_dashboard=False, log_to_driver=False)
     fleet = KeeperFleet(RUN)
     try:
-        fleet.refresh()
+        fleet.refresh([node["NodeID"] for node in ray.nodes()])
         trainer = DataParallelTrainer(
             hang_once,
             train_loop_config={"folder": str(tmp_path), "kind": kind},

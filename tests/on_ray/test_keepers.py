@@ -1,5 +1,6 @@
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -15,11 +16,20 @@ from ray.cluster_utils import Cluster
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from torch import Tensor
 
-from ray_ds.on_ray.keeper import PartHeader, PartKey, SnapshotKeeper, TensorPlace, find_keepers
+from ray_ds.on_ray import keepers
+from ray_ds.on_ray.keeper import (
+    KeeperMemory,
+    PartHeader,
+    PartKey,
+    SnapshotKeeper,
+    TensorPlace,
+    find_keepers,
+    start_keeper,
+)
 from ray_ds.on_ray.keepers import KeeperFleet, Keepers
 from ray_ds.on_ray.part_transfer import CHUNK_BYTES
 from ray_ds.train.host import Part
-from tests.on_ray.two_nodes import raylet_pid, start_cluster, wait_for
+from tests.on_ray.two_nodes import add_node, raylet_pid, start_cluster, wait_for
 
 
 def make_part(step: int, rank: int, world_size: int, *, elements: int = 3_000_000) -> Part:
@@ -61,11 +71,15 @@ def put_by_hand(
     return keeper.finish(key), key
 
 
+def held(keeper: SnapshotKeeper) -> int:
+    return keeper.memory().held_bytes
+
+
 def test_keeper_holds_the_newest_two_parts_of_each_process() -> None:
     keeper = SnapshotKeeper(1000)
     keys = [put_by_hand(keeper, number=number, rank=rank)[1] for rank in (0, 1) for number in (1, 2, 3)]
     assert keeper.inventory() == sorted([*keys[1:3], *keys[4:6]])
-    assert keeper.bytes() == 60, "the memory of the third is kept for the fourth"
+    assert held(keeper) == 60, "the memory of the third is kept for the fourth"
 
 
 def test_memory_of_a_dropped_part_is_used_for_the_next_one_of_its_process() -> None:
@@ -73,15 +87,15 @@ def test_memory_of_a_dropped_part_is_used_for_the_next_one_of_its_process() -> N
     for number in range(1, 10):
         put_by_hand(keeper, number=number)
         put_by_hand(keeper, number=number, rank=1, size=30)
-        assert keeper.bytes() <= 3 * (10 + 30)
+        assert held(keeper) <= 3 * (10 + 30)
     keeper.drop_before(1, 9)
-    assert keeper.bytes() == 2 * (10 + 30)
+    assert held(keeper) == 2 * (10 + 30)
     _, key = put_by_hand(keeper, number=10, size=20)
-    assert keeper.bytes() == 10 + 20 + 2 * 30, "of another size it is given back"
+    assert held(keeper) == 10 + 20 + 2 * 30, "of another size it is given back"
     assert keeper.read(key, 5, 7).tolist() == [10, 10]
     put_by_hand(keeper, number=1, attempt=2)
     keeper.drop_before(2, 1)
-    assert keeper.bytes() == 10 + 20, "and that of processes that are no more, too"
+    assert held(keeper) == 10 + 20, "and that of processes that are no more, too"
 
 
 def test_part_of_a_later_worker_group_is_newer_though_its_step_is_lower() -> None:
@@ -91,16 +105,26 @@ def test_part_of_a_later_worker_group_is_newer_though_its_step_is_lower() -> Non
     assert [(key.attempt, key.step) for key in keeper.inventory()] == [(2, 10), (2, 20)]
 
 
+def test_snapshot_that_training_goes_on_from_outlives_newer_torn_ones() -> None:
+    keeper = SnapshotKeeper(1000)
+    keys = [put_by_hand(keeper, number=number)[1] for number in (1, 2)]
+    keeper.drop_torn(2, keys[0].whole)
+    _, first = put_by_hand(keeper, number=1, attempt=2)
+    assert keeper.inventory() == [keys[0], first]
+    keeper.drop_torn(2, keys[0].whole)
+    assert keeper.inventory() == [keys[0], first], "what the group itself made stays"
+
+
 def test_torn_part_does_not_count_and_gives_its_memory_back() -> None:
     keeper = SnapshotKeeper(1000)
     _, whole = put_by_hand(keeper, number=1)
     place = TensorPlace(dtype="uint8", start=0, stop=500, xxh3=0)
     torn = PartKey(attempt=1, number=2, step=20, world_size=2, rank=0)
     assert keeper.begin(PartHeader(key=torn, index=None, places={"x": place}))
-    assert (keeper.inventory(), keeper.bytes()) == ([whole], 510)
+    assert (keeper.inventory(), held(keeper)) == ([whole], 510)
     counts, third = put_by_hand(keeper, number=3)
     assert counts
-    assert (keeper.inventory(), keeper.bytes()) == ([whole, third], 20)
+    assert (keeper.inventory(), held(keeper)) == ([whole, third], 20)
     keeper.add(torn, 0, [np.zeros(500, np.uint8)])
     assert not keeper.finish(torn)
 
@@ -108,7 +132,7 @@ def test_torn_part_does_not_count_and_gives_its_memory_back() -> None:
 def test_damaged_part_does_not_count() -> None:
     keeper = SnapshotKeeper(1000)
     assert put_by_hand(keeper, number=1, damage=True)[0] is False
-    assert (keeper.inventory(), keeper.bytes()) == ([], 0)
+    assert (keeper.inventory(), held(keeper)) == ([], 0)
 
 
 def test_part_beyond_the_memory_is_refused() -> None:
@@ -117,6 +141,34 @@ def test_part_beyond_the_memory_is_refused() -> None:
     keeper.drop_before(1, 2)
     assert put_by_hand(keeper, number=4)[0]
     assert [key.number for key in keeper.inventory()] == [2, 4]
+
+
+def test_keeper_knows_what_it_needs_before_it_has_to_refuse() -> None:
+    keeper = SnapshotKeeper(50)
+    assert all(put_by_hand(keeper, number=1, rank=rank)[0] for rank in (0, 1))
+    assert keeper.memory() == KeeperMemory(held_bytes=20, needed_bytes=60, limit_bytes=50)
+    put_by_hand(keeper, number=1, attempt=2)
+    keeper.drop_before(2, 1)
+    assert keeper.memory().needed_bytes == 30, "processes that are no more need nothing"
+
+
+@pytest.mark.parametrize(
+    ("homes", "kept", "needed"),
+    [
+        ([], ["a"], set()),
+        (["a", "a", "b", "c"], [], {"a", "b", "c"}),
+        (["a", "b"], ["c"], {"a", "b"}),
+        (["a", "dead"], [], {"a", "large"}),
+        (["a"], ["b"], {"a", "b"}),
+        (["a"], ["leaving"], {"a", "large"}),
+    ],
+)
+def test_keepers_are_where_workers_are_and_on_another_node_for_those_on_one(
+    monkeypatch: pytest.MonkeyPatch, homes: list[str], kept: list[str], needed: set[str]
+) -> None:
+    monkeypatch.setattr(keepers, "draining_nodes", lambda: {"leaving"})
+    limits = {"a": 10, "b": 10, "c": 10, "large": 20, "leaving": 30}
+    assert keepers._needed(homes, limits, kept) == needed
 
 
 @ray.remote(num_cpus=0)
@@ -165,9 +217,9 @@ def processes(nodes: list[str]) -> list[Any]:
 
 def start_fleet(run_id: str, nodes: Sequence[str]) -> tuple[KeeperFleet, Mapping[str, Any]]:
     fleet = KeeperFleet(run_id)
-    fleet.refresh()
+    fleet.refresh(nodes)
     keepers = find_keepers(run_id)
-    assert keepers.keys() == set(nodes), "the head has no CPU, so it gets no workers and no keeper"
+    assert keepers.keys() == set(nodes)
     ray.get([keeper.inventory.remote() for keeper in keepers.values()], timeout=60)
     return fleet, keepers
 
@@ -175,6 +227,10 @@ def start_fleet(run_id: str, nodes: Sequence[str]) -> tuple[KeeperFleet, Mapping
 def inventories(keepers: Mapping[str, Any]) -> list[list[PartKey]]:
     found: list[list[PartKey]] = ray.get([keeper.inventory.remote() for keeper in keepers.values()])
     return found
+
+
+def held_bytes(keepers: Mapping[str, Any]) -> list[int]:
+    return [memory.held_bytes for memory in ray.get([keeper.memory.remote() for keeper in keepers.values()])]
 
 
 @pytest.mark.ray
@@ -189,11 +245,15 @@ def test_step_is_whole_once_all_parts_of_one_worker_group_have_arrived(nodes: li
     assert ray.get(first.find.remote()) == 8
     ray.get(first.put.remote(9))
     assert ray.get(first.find.remote()) == 8
-    join_run([first], "whole", nodes[:1], attempt=2)
+    assert ray.get(second.sees_same.remote(8, 2))
+    join_run(processes, "whole", nodes, attempt=2)
+    assert ray.get(first.sees_same.remote(8, 2))
+    ray.get(first.put.remote(9))
+    assert ray.get(first.find.remote()) == 8, "the next group's first part has put out what it goes on from"
+    join_run([first], "whole", nodes[:1], attempt=3)
     ray.get(first.put.remote(5))
     assert ray.get(second.find.remote()) == 5
     assert ray.get(second.sees_same.remote(5, 1))
-    assert ray.get(second.sees_same.remote(8, 2))
     fleet.shutdown()
 
 
@@ -205,13 +265,13 @@ def test_newer_whole_makes_the_older_ones_give_their_memory_back(nodes: list[str
         ray.get([process.put.remote(step) for process in processes])
     size = sum(tensor.nbytes for tensor in make_part(1, 0, 2).tensors.values())
     ray.get(processes[0].put.remote(3))
-    assert list(fleet.bytes().values()) == [5 * size] * 2
-    fleet.refresh()
+    assert held_bytes(keepers) == [5 * size] * 2
+    fleet.refresh(nodes)
     wait_for(lambda: [len(keys) for keys in inventories(keepers)] == [3, 3])
     ray.get(processes[1].put.remote(3))
-    fleet.refresh()
+    fleet.refresh(nodes)
     wait_for(lambda: [len(keys) for keys in inventories(keepers)] == [2, 2])
-    assert list(fleet.bytes().values()) == [4 * size] * 2, "what holds a snapshot, and memory for the next"
+    assert held_bytes(keepers) == [4 * size] * 2, "what holds a snapshot, and memory for the next"
     assert ray.get(processes[0].find.remote()) == 3
     fleet.shutdown()
 
@@ -227,23 +287,101 @@ def test_damaged_bytes_are_never_returned(nodes: list[str], processes: list[Any]
         for _, data in keeper._complete.values():
             data[-1] ^= 1
 
-    part = Keepers("damaged", rank=0, nodes=nodes[:1], attempt=2).fetch(3)[0]
-    assert is_same_tensor(part.tensors["large"], make_part(3, 0, 1).tensors["large"])
+    asker = Keepers("damaged", rank=0, nodes=nodes[:1], attempt=2)
+    (part,), (again,) = asker.fetch(3), asker.fetch(3)
     ray.get(keepers[nodes[0]].__ray_call__.remote(damage))
+    assert is_same(part, make_part(3, 0, 1)), "the other copy is whole"
+    ray.get(keepers[nodes[1]].__ray_call__.remote(damage))
     with pytest.raises(LookupError, match="count of rank 0 at step 3 is no longer in the memory of the nodes"):
-        part.tensors["count"]
+        again.tensors["count"]
     with pytest.raises(LookupError, match="no whole snapshot of step 4"):
-        Keepers("damaged", rank=0, nodes=nodes[:1], attempt=2).fetch(4)
+        asker.fetch(4)
     fleet.shutdown()
 
 
 @pytest.mark.ray
-def test_part_that_finds_no_keeper_is_told_by_wait(nodes: list[str], processes: list[Any]) -> None:
-    keepers = Keepers("nobody", rank=0, nodes=nodes, attempt=1)
-    keepers.put(make_part(1, 0, 2))
+def test_part_that_finds_no_keeper_is_told_by_wait(nodes: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(keepers, "START_TIMEOUT_S", 0.5)
+    sender = Keepers("nobody", rank=0, nodes=nodes, attempt=1)
+    sender.put(make_part(1, 0, 2))
     with pytest.raises(OSError, match="0 of 2 copies of step 1 found memory on a living node"):
-        keepers.wait()
-    assert keepers.newest_whole() is None
+        sender.wait()
+    assert sender.newest_whole() is None
+
+
+@pytest.mark.ray
+def test_part_waits_for_a_keeper_that_starts(nodes: list[str]) -> None:
+    fleet = KeeperFleet("starting")
+    sender = Keepers("starting", rank=0, nodes=nodes[:1], attempt=1)
+    sender.put(make_part(1, 0, 1))
+    time.sleep(0.5)
+    fleet.refresh(nodes[:1])
+    sender.wait()
+    assert sender.newest_whole() == 1
+    fleet.shutdown()
+
+
+@pytest.mark.ray
+@pytest.mark.shows("Where all workers are on one node, their snapshots are on another node too")
+def test_workers_on_one_node_have_copies_on_another(nodes: list[str], processes: list[Any]) -> None:
+    fleet = KeeperFleet("alone")
+    fleet.refresh(nodes[:1])
+    wait_for(lambda: find_keepers("alone").keys() == set(nodes))
+    join_run(processes[:1], "alone", nodes[:1])
+    ray.get(processes[0].put.remote(3))
+    assert [len(keys) for keys in inventories(find_keepers("alone"))] == [1, 1]
+    fleet.shutdown()
+
+
+def pid_of(keeper: Any) -> int:
+    pid: int = ray.get(keeper.__ray_call__.remote(lambda _: os.getpid()))
+    return pid
+
+
+@pytest.mark.ray
+def test_keeper_that_is_late_is_waited_for_and_one_that_stays_silent_is_told(
+    nodes: list[str], processes: list[Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    keeper = start_keeper("late", nodes[1], 10**9)
+    pid = pid_of(keeper)
+    join_run(processes[1:], "late", nodes[1:])
+    ray.get(processes[1].put.remote(5))
+    asker = Keepers("late", rank=0, nodes=nodes, attempt=2)
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        threading.Timer(2 * keepers.ASK_TIMEOUT_S, os.kill, (pid, signal.SIGCONT)).start()
+        assert asker.newest_whole() == 5
+        os.kill(pid, signal.SIGSTOP)
+        monkeypatch.setattr(keepers, "LATE_TIMEOUT_S", 1.0)
+        with caplog.at_level("INFO", logger="ray_ds"):
+            assert asker.newest_whole() is None
+        assert f"keeper_left_out node={nodes[1]}" in caplog.text
+    finally:
+        os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.shows("A node without workers stays idle beside a training run, so that an autoscaler may remove it")
+def test_nodes_that_no_worker_is_on_any_more_are_left(cluster: Cluster, nodes: list[str], processes: list[Any]) -> None:
+    add_node(cluster)
+    (added,) = [node for node in cluster.worker_nodes if node.node_id not in nodes]
+    third = added.node_id
+    fleet, _ = start_fleet("left", nodes)
+    join_run(processes, "left", nodes)
+    ray.get([process.put.remote(1) for process in processes])
+    fleet.refresh([nodes[0], third])
+    wait_for(lambda: find_keepers("left").keys() == {*nodes, third})
+    wait_for(lambda: fleet.refresh([nodes[0], third]) or len(fleet._keepers) == 3)
+    join_run(processes[:1], "left", [nodes[0], third], attempt=2)
+    newcomer = Keepers("left", rank=1, nodes=[nodes[0], third], attempt=2)
+    newcomer.put(make_part(2, 1, 2))
+    ray.get(processes[0].put.remote(2))
+    newcomer.wait()
+    wait_for(lambda: fleet.refresh([nodes[0], third]) or find_keepers("left").keys() == {nodes[0], third})
+    assert newcomer.newest_whole() == 2
+    fleet.shutdown()
+    cluster.remove_node(added)
 
 
 @pytest.mark.ray
@@ -263,7 +401,7 @@ def test_newest_whole_snapshot_outlives_a_killed_node(cluster: Cluster, nodes: l
     assert ray.get(survivor.sees_same.remote(6, 2), timeout=60)
     assert time.monotonic() - started < 20
     wait_for(lambda: find_keepers("killed").keys() == {nodes[0]})
-    fleet.refresh()
+    fleet.refresh(nodes[:1])
     ray.get(survivor.put.remote(7), timeout=60)
     assert ray.get(survivor.find.remote()) == 7
     fleet.shutdown()

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from ray_ds.on_ray import nodes
-from ray_ds.on_ray.nodes import usable_nodes
+from ray_ds.on_ray.nodes import reserved, usable_nodes
 from ray_ds.on_ray.sizing import Node
 
 NEED = {"CPU": 2.0}
@@ -81,3 +81,13 @@ def test_what_our_own_workers_hold_counts_as_free(
     show_cluster(monkeypatch, [ray_node("good", port)], free={"good": free})
     (node,) = usable_nodes(NEED, {"good": held}, 8)
     assert (node.total, node.free) == (2, fits)
+
+
+@pytest.mark.parametrize(("state", "held"), [("RESCHEDULING", {"a": 2, "b": 1}), ("REMOVED", {})])
+def test_a_placement_group_holds_room_until_it_is_removed(
+    monkeypatch: pytest.MonkeyPatch, state: str, held: dict[str, int]
+) -> None:
+    table = {"state": state, "bundles_to_node_id": {0: "a", 1: "b", 2: "a"}}
+    monkeypatch.setattr(nodes, "placement_group_table", lambda group: table)
+    assert reserved(object()) == held
+    assert reserved(None) == {}

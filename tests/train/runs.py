@@ -130,8 +130,11 @@ class PlainHost:
     def check_alone(self) -> None:
         """Nobody else is here."""
 
-    def safe(self, step: int) -> None:
+    def safe(self, step: int, met: Request) -> Request:
+        """Go on to the next of the requests to come, as if it had come while this process waited."""
+        assert met is not Request.NONE
         self.safe_at = step
+        return next((asked for asked in sorted(self.requests.values()) if asked > met), Request.STOP)
 
     def report(self, record: Any) -> None:
         self.ran_ahead |= self.place.startswith(f"step {record['step'] + 1} micro-batch")

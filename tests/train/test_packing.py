@@ -1,7 +1,7 @@
 import dataclasses
 import json
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from ray_ds.errors import ArtifactError
 from ray_ds.train import packing
 from ray_ds.train.host import Part
 from ray_ds.train.packing import PackedState, pack
-from ray_ds.train.state import EngineState, Piece
+from ray_ds.train.state import EngineState, Piece, Stretch
 from tests.train.states import assert_holds, extra_of, facts_of, make_parts
 
 
@@ -48,6 +48,43 @@ def test_large_pieces_go_on_in_the_next_tensor(monkeypatch: pytest.MonkeyPatch) 
     assert len(parts[0].tensors) > 8
     assert max(tensor.nbytes for part in parts for tensor in part.tensors.values()) == 64
     assert_holds(PackedState(parts), 4)
+
+
+class Travelling(dict[str, torch.Tensor]):
+    """Tensors that note which were looked up."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        super().__init__(tensors)
+        self.come: set[str] = set()
+
+    def get(self, name: str, default: object = None) -> torch.Tensor:  # type: ignore[override]
+        self.come.add(name)
+        return self[name]
+
+
+def test_only_tensors_that_hold_what_is_read_are_looked_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packing, "TENSOR_BYTES", 40)
+    pieces = [
+        Piece(name="w", kind="master", shape=(100,), start=half, values=torch.arange(50.0) + half) for half in (0, 50)
+    ]
+    parts = [
+        pack(EngineState(pieces=[piece], facts={}), step=1, rank=rank, world_size=2, extra={})
+        for rank, piece in enumerate(pieces)
+    ]
+    travelling = [Travelling(part.tensors) for part in parts]
+    state = PackedState(
+        [dataclasses.replace(part, tensors=these) for part, these in zip(parts, travelling, strict=True)]
+    )
+    absent = Stretch(name="w", kind="exp_avg", start=0, stop=100)
+    state.bring([Stretch(name="w", kind="master", start=39, stop=61), absent])
+    assert [these.come for these in travelling] == [
+        {"float32-00003", "float32-00004"},
+        {"float32-00000", "float32-00001"},
+    ]
+    assert state.read("w", "master", 39, 61).tolist() == list(range(39, 61))
+    assert sum(len(these.come) for these in travelling) == 4, "reading it looked up more"
+    with pytest.raises(ArtifactError, match="no elements 100 to 101 of 100"):
+        state.bring([Stretch(name="w", kind="master", start=90, stop=101)])
 
 
 def test_memory_of_an_earlier_part_is_used_again() -> None:

@@ -19,7 +19,7 @@ file is missing, and `find_latest` writes it. One whose files do not match is da
 """
 
 from ray_ds.train.checkpoints.commit import COMMITTED, METRICS, Commit, checkpoint_uri
-from ray_ds.train.checkpoints.folders import delete, delete_newer, find_best, find_latest, latest_step
+from ray_ds.train.checkpoints.folders import Verify, delete, delete_newer, find_best, find_latest, latest_step
 from ray_ds.train.checkpoints.reader import CheckpointReader
 from ray_ds.train.checkpoints.writer import CheckpointWriter
 
@@ -29,6 +29,7 @@ __all__ = [
     "CheckpointReader",
     "CheckpointWriter",
     "Commit",
+    "Verify",
     "checkpoint_uri",
     "delete",
     "delete_newer",

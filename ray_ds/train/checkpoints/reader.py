@@ -12,11 +12,11 @@ from torch import Tensor
 from ray_ds import storage
 from ray_ds.artifacts import FileInfo
 from ray_ds.errors import ArtifactError
-from ray_ds.train.catalog import Catalog, Fetch, Run, decode_index
+from ray_ds.train.catalog import Catalog, Found, decode_index
 from ray_ds.train.checkpoints import commit as commits
 from ray_ds.train.checkpoints.commit import Commit, DamageError, RankPart
 from ray_ds.train.checkpoints.tensor_file import TensorFile
-from ray_ds.train.state import Kind
+from ray_ds.train.state import Kind, Stretch
 
 ACTION = "restore it, or delete the checkpoint's folder to go on from the one before"
 
@@ -41,13 +41,13 @@ class CheckpointReader:
         self._infos = {info.path: info for info in commit.files}
         self._files: dict[str, TensorFile] = {}
         self._cache = tempfile.TemporaryDirectory(prefix="ray_ds-checkpoint-") if storage.is_remote(root) else None
-        self._catalog = Catalog(self._uri)
+        self._catalog: Catalog[RankPart] = Catalog(self._uri)
         self._own: list[Mapping[str, JsonValue]] = []
         for rank in range(commit.world_size):
             part = self._read_part(rank)
             index = decode_index(part.index, storage.join(self._uri, commits.rank_json(commit.attempt, rank)))
             self._own.append(index.own)
-            self._catalog.add(index, self._fetch_from(part))
+            self._catalog.add(index, part)
 
     def __enter__(self) -> "CheckpointReader":
         """Return itself."""
@@ -106,7 +106,7 @@ class CheckpointReader:
         Raises:
             ArtifactError: the pieces do not cover them, or are damaged.
         """
-        return self._catalog.read(name, kind, start, stop)
+        return self._catalog.read(Stretch(name=name, kind=kind, start=start, stop=stop), self._fetch)
 
     def _read_part(self, rank: int) -> RankPart:
         path = commits.rank_json(self._commit.attempt, rank)
@@ -121,17 +121,15 @@ class CheckpointReader:
             raise self._damaged(path, f"{commits.COMMITTED} does not name it")
         return info
 
-    def _fetch_from(self, part: RankPart) -> Fetch:
-        def fetch(run: Run, first: int, target: Tensor) -> None:
-            path = part.tensors.get(run.tensor)
-            if path is None:
-                raise self._damaged(commits.rank_json(part.attempt, part.rank), f"it names no file for {run.tensor}")
-            try:
-                self._open(path).read_into(run.tensor, run.offset + first, target)
-            except OSError as error:
-                raise self._damaged(path, f"{run.kind} of {run.name}: {error}") from error
-
-        return fetch
+    def _fetch(self, found: Found[RankPart], target: Tensor) -> None:
+        part, run = found.part, found.run
+        path = part.tensors.get(run.tensor)
+        if path is None:
+            raise self._damaged(commits.rank_json(part.attempt, part.rank), f"it names no file for {run.tensor}")
+        try:
+            self._open(path).read_into(run.tensor, run.offset + found.first, target)
+        except OSError as error:
+            raise self._damaged(path, f"{run.kind} of {run.name}: {error}") from error
 
     def _open(self, path: str) -> TensorFile:
         if path not in self._files:

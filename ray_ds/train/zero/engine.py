@@ -18,7 +18,7 @@ from ray_ds.train.objective import MicroBatch, Objective
 from ray_ds.train.parallel.cuts import joined
 from ray_ds.train.parallel.divide import divide
 from ray_ds.train.parallel.mesh import make_mesh
-from ray_ds.train.state import EngineState, StateReader
+from ray_ds.train.state import EngineState, StateReader, Stretch
 from ray_ds.train.zero.build import use_built_op
 from ray_ds.train.zero.config import deepspeed_config
 from ray_ds.train.zero.logical import LogicalState
@@ -176,6 +176,10 @@ class Engine:
         if self._is_fp16:
             facts["loss_scale"] = scaler_fields(self._engine.optimizer.loss_scaler)
         return EngineState(pieces=self._state.pieces(), facts=facts)
+
+    def needs(self) -> list[Stretch]:
+        """Return all that `load_state` may read on this process."""
+        return list(self._state.needs())
 
     def load_state(self, reader: StateReader) -> None:
         """Go on from a state of any number of processes and any ZeRO stage; all processes call this together.

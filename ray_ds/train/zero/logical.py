@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ray_ds.train.parallel.cuts import Cut
-from ray_ds.train.state import Kind, Piece, StateReader
+from ray_ds.train.state import Kind, Piece, StateReader, Stretch
 from ray_ds.train.zero.layout import Layout, Run, Trained
 from ray_ds.train.zero.partitions import MOMENTUM_KEY, stage_of
 
@@ -66,6 +66,17 @@ class LogicalState:
         counts = {int(state["step"]) for state in self._states.values() if "step" in state}
         assert len(counts) <= 1, f"all parameters step together, and yet: {counts}"
         return counts.pop() if counts else 0
+
+    def needs(self) -> Iterator[Stretch]:
+        """Yield all that `load` may read."""
+        for trained in self._trained:
+            moments: tuple[Kind, ...] = ADAM_KINDS if trained.momentum is None else ()
+            for kind in ("master", *moments):
+                yield from (stretch for stretch, _ in _stretches(kind, trained.layout.held))
+            if trained.momentum is not None:
+                yield from (stretch for stretch, _ in _stretches("momentum", trained.momentum.held))
+        for name, buffer in self._buffers.items():
+            yield Stretch(name=name, kind="buffer", start=0, stop=buffer.numel())
 
     @torch.no_grad()
     def load(self, reader: StateReader, *, optimizer_steps: int) -> None:
@@ -126,13 +137,21 @@ def _cut(kind: Kind, runs: Sequence[Run], flat: Tensor) -> Iterator[Piece]:
         yield Piece(name=run.name, kind=kind, shape=run.shape, start=run.start, values=run.within(flat))
 
 
-def _fill(kind: Kind, runs: Sequence[Run], flat: Tensor, reader: StateReader) -> None:
+def _stretches(kind: Kind, runs: Sequence[Run]) -> Iterator[tuple[Stretch, list[Run]]]:
+    """Yield what is read at once, and the runs that it fills.
+
+    Runs of a parameter that is cut may be many, so what lies between them is read too.
+    """
     for name, of_one in groupby(runs, lambda run: run.name):
-        parts = list(of_one)  # a cut parameter's may be many, so what lies between them is read too
-        first = parts[0].start
-        read = reader.read(name, kind, first, parts[-1].stop)
+        parts = list(of_one)
+        yield Stretch(name=name, kind=kind, start=parts[0].start, stop=parts[-1].stop), parts
+
+
+def _fill(kind: Kind, runs: Sequence[Run], flat: Tensor, reader: StateReader) -> None:
+    for stretch, parts in _stretches(kind, runs):
+        read = reader.read(stretch.name, kind, stretch.start, stretch.stop)
         for run in parts:
-            run.within(flat).copy_(read[run.start - first : run.stop - first])
+            run.within(flat).copy_(read[run.start - stretch.start : run.stop - stretch.start])
 
 
 def _of_wholes(trained: Trained, cuts: Mapping[str, Cut], lists_uncut: bool) -> Trained:

@@ -1,14 +1,18 @@
 """Real engines' state through files: written in one ZeRO stage by some processes, read in another by more or fewer."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from pydantic import JsonValue
+from torch import Tensor
 
 from ray_ds.config.train import TrainSettings
 from ray_ds.train import checkpoints
 from ray_ds.train.packing import pack
+from ray_ds.train.state import Kind, StateReader, Stretch
 from tests.train.runs import make_settings
 from tests.train.zero.worlds import gather, new_engine, run_steps, run_world
 
@@ -24,6 +28,25 @@ def settings_of(stage: int, optimizer: str) -> TrainSettings:
     return make_settings(zero_stage=stage, precision="bf16", num_workers=1, **OPTIMIZERS[optimizer])
 
 
+class WatchedReader:
+    """A reader that notes what was read."""
+
+    def __init__(self, reader: StateReader) -> None:
+        self._reader = reader
+        self.stretches: set[Stretch] = set()
+
+    @property
+    def facts(self) -> Mapping[str, JsonValue]:
+        return self._reader.facts
+
+    def has(self, name: str, kind: Kind) -> bool:
+        return self._reader.has(name, kind)
+
+    def read(self, name: str, kind: Kind, start: int, stop: int) -> Tensor:
+        self.stretches.add(Stretch(name=name, kind=kind, start=start, stop=stop))
+        return self._reader.read(name, kind, start, stop)
+
+
 def train_on(rank: int, world_size: int, _: Path, folder: Path, stage: int, optimizer: str) -> None:
     """Load the newest checkpoint, check every bit of it, train a step, write the next checkpoint."""
     root = str(folder / optimizer)
@@ -32,7 +55,10 @@ def train_on(rank: int, world_size: int, _: Path, folder: Path, stage: int, opti
     step = found.step if found is not None else 0
     if found is not None:
         with checkpoints.CheckpointReader(root, found) as reader:
-            engine.load_state(reader)
+            watched = WatchedReader(reader)
+            engine.load_state(watched)
+            wanted = {stretch for stretch in engine.needs() if reader.has(stretch.name, stretch.kind)}
+            assert watched.stretches == wanted, "a restart fetches what the engine says, before the engine reads it"
         expected = torch.load(folder / f"{optimizer}-{step}.pt", weights_only=False)
         loaded = gather(engine.state())
         assert loaded.facts == expected.facts
