@@ -146,8 +146,16 @@ class SparedController(TrainController):  # type: ignore[misc, unused-ignore]
         return self
 
     def create(self, **options: Any) -> SparedWorkerGroup:
-        """Return a group that has started."""
+        """Return a group that has started.
+
+        Ray 2.60 lets go of a group that fails in the last part of its start with its workers and its room still held.
+        """
         group = SparedWorkerGroup(**options)
         group.spares = self._spares
-        group._start()
+        try:
+            group._start()
+        except Exception:
+            if group.has_started():
+                group.shutdown()
+            raise
         return group

@@ -54,6 +54,8 @@ CONTRACT: list[tuple[Callable[..., Any], str]] = [
     (DefaultFailurePolicy.make_decision, "self, training_failed_error"),
     (WorkerGroup.create, "train_run_context, worker_group_context, callbacks"),
     (WorkerGroup._start, "self"),
+    (WorkerGroup.has_started, "self"),
+    (WorkerGroup.shutdown, "self"),
     (
         WorkerGroup._create_workers,
         "self, num_workers, placement_group, resources_per_worker, placement_group_bundle_indices, "

@@ -3,11 +3,13 @@
 import os
 import signal
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import ray
+from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError
 
-from ray_ds.on_ray.spares import Spares
+from ray_ds.on_ray.spares import SparedController, Spares
 from tests.on_ray.two_nodes import wait_for
 
 pytestmark = pytest.mark.ray
@@ -68,3 +70,25 @@ def test_without_modules_there_are_no_spares(node_id: str) -> None:
     spares = Spares({}, ())
     spares.keep({node_id: 1})
     assert spares.are_warm({node_id: 1}) and spares.take(node_id) is None
+
+
+@pytest.mark.parametrize("is_held", [True, False])
+def test_a_group_that_fails_late_in_its_start_gives_its_room_back(
+    monkeypatch: pytest.MonkeyPatch, is_held: bool
+) -> None:
+    done: list[str] = []
+
+    class Group:
+        def _start(self) -> None:
+            raise WorkerGroupStartupFailedError("a worker died while it started")
+
+        def has_started(self) -> bool:
+            return is_held
+
+        def shutdown(self) -> None:
+            done.append("shutdown")
+
+    monkeypatch.setattr("ray_ds.on_ray.spares.SparedWorkerGroup", Group)
+    with pytest.raises(WorkerGroupStartupFailedError):
+        SparedController.create(SimpleNamespace(_spares=None))
+    assert done == (["shutdown"] if is_held else [])
