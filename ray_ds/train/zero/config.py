@@ -49,6 +49,8 @@ def deepspeed_config(settings: TrainSettings, world_size: int, *, is_cuda: bool 
         **({"zero_force_ds_cpu_optimizer": False} if settings.offload != "none" else {}),
         "steps_per_print": None,
         "wall_clock_breakdown": False,
+        # It would wait for the device before each pass and after each step (utils/timer.py), to log what we measure.
+        "timers": {"throughput": {"enabled": False}},
     }
     if settings.precision == "bf16":
         config["bf16"] = {"enabled": True}

@@ -13,6 +13,7 @@ def test_bf16_adamw_in_zero_1() -> None:
         "zero_allow_untested_optimizer": True,
         "steps_per_print": None,
         "wall_clock_breakdown": False,
+        "timers": {"throughput": {"enabled": False}},
         "bf16": {"enabled": True},
     }
 
@@ -35,6 +36,7 @@ def test_fp16_muon_in_zero_3() -> None:
         "zero_allow_untested_optimizer": True,
         "steps_per_print": None,
         "wall_clock_breakdown": False,
+        "timers": {"throughput": {"enabled": False}},
         "fp16": {"enabled": True, "loss_scale": 0, "initial_scale_power": 16},
     }
 

@@ -154,8 +154,10 @@ def step_without_waiting(rank: int, folder: Path, stage: int) -> None:
         return engine.step(1.0)
 
     norms = [step().grad_norm for _ in range(3)]
-    torch.cuda.set_sync_debug_mode("error")
-    result = step()
-    torch.cuda.set_sync_debug_mode("default")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "synchronize", lambda *_: pytest.fail("something waits for the device"))
+        torch.cuda.set_sync_debug_mode("error")
+        result = step()
+        torch.cuda.set_sync_debug_mode("default")
     assert 0 < result.grad_norm < 2 * norms[-1]
     dist.destroy_process_group()
