@@ -43,6 +43,9 @@ MALLOC_ENV = {
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
 }
 """Makes glibc keep the memory of freed activations instead of giving it back and faulting it in again every layer."""
+COMPILE_ENV = {"TORCHINDUCTOR_AUTOGRAD_CACHE_ALLOW_CUSTOM_AUTOGRAD": "1"}
+"""Lets torch take a compiled pass with our autograd functions from its cache as a whole; they are part of the key. Halves
+what a restart takes to compile: 7.6 s to 3.9 s for 8 small layers on a CPU."""
 Report = Callable[[Mapping[str, float]], None]
 OnEvent = Callable[[Event], None]
 TrainLoop = Callable[[TrainTask, Host], TrainResult | Stopped]
@@ -202,7 +205,9 @@ def _worker_env(task: TrainTask) -> dict[str, str]:
     env = {"OMP_NUM_THREADS": threads, "DS_ACCELERATOR": task.device, "TOKENIZERS_PARALLELISM": "false"}
     if task.device != "cuda":
         env |= MALLOC_ENV
-    if not task.settings.compile:
+    if task.settings.compile:
+        env |= COMPILE_ENV
+    else:
         # DeepSpeed compiles Muon's arithmetic at first use, which takes a C++ compiler a minute and gains nothing here.
         env["TORCHDYNAMO_DISABLE"] = "1"
     return env
