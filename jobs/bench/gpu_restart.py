@@ -26,15 +26,17 @@ import ray
 import torch
 
 from jobs.bench.elastic_nodes import start_nodes, wait_for
+from jobs.bench.train import write_synthetic_shards
 from ray_ds.config.model_size import num_parameters
 from ray_ds.config.settings import decode_settings
 from ray_ds.config.train import TrainSettings
-from ray_ds.data.shard_file import token_dtype, write_shard
 from ray_ds.on_ray.trainer import TrainingStopped, train_on_ray
 from ray_ds.train.host import Host
 from ray_ds.train.task import Stopped, TrainResult, TrainTask
 
 STORE_BYTES = 2_000_000_000
+EPOCH_STEPS = 128
+"""Steps that there is text for before it comes again."""
 BEATS = "beats.jsonl"
 STAGES = ("building the model", "loading the state", "micro-batch 1", "gradients")
 """Places that a worker says on its way to its first step, in their order."""
@@ -72,11 +74,8 @@ def parse_options() -> argparse.Namespace:
 
 def make_task(folder: Path, options: argparse.Namespace) -> TrainTask:
     """Return a run that does not end by itself, with made-up shards."""
-    tokens = np.random.default_rng(0).zipf(1.2, 1 << 22) % options.vocab_size
-    dtype = token_dtype(options.vocab_size)
-    (folder / "shards" / "train").mkdir(parents=True)
-    write_shard(str(folder / "shards" / "train" / "0.arrow"), [tokens.astype(dtype)], ["synthetic"], dtype)
-    (folder / "shards" / "tokenizer.json").write_text("{}")
+    sizes = argparse.Namespace(**vars(options), steps=EPOCH_STEPS, batch_rows=options.rows)
+    write_synthetic_shards(folder / "shards", sizes)
     raw = {
         "model": {"preset": options.preset},
         "seq_len": options.seq_len,
