@@ -1,7 +1,11 @@
-"""How a run of the tests ends."""
+"""How a run of the tests begins and ends."""
 
 import os
 import sys
+
+# Read when ray is imported. Otherwise any of Ray's functions, called while no Ray runs, starts a whole one: a thread
+# that a test had left did so while the next test started its own, and the clash ended the process.
+os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"
 
 import pytest
 

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -34,13 +35,15 @@ class Outage:
 
 
 @pytest.fixture
-def board(monkeypatch: pytest.MonkeyPatch) -> Board:
+def board(monkeypatch: pytest.MonkeyPatch) -> Iterator[Board]:
+    before = set(threading.enumerate())
     monkeypatch.setattr(board_line.ray, "get", lambda call: call())
     monkeypatch.setattr(board_line, "BEAT_S", 0.01)
     board = Board()
     board.begin(1)
     board.join(0, 1, "node")
-    return board
+    yield board
+    wait_for(lambda: set(threading.enumerate()) <= before)  # before the threads' `ray.get` becomes Ray's own again
 
 
 def unavailable() -> ActorUnavailableError:
