@@ -10,7 +10,7 @@ import time
 import torch
 from torch import Tensor, nn
 
-from ray_ds.quantize import Int8Linear, self_test
+from ray_ds.quantize import QuantizedLinear, self_test
 from ray_ds.quantize.kernels import Road
 from ray_ds.quantize.scheme import quantize_weight
 
@@ -42,7 +42,7 @@ def time_layer(inputs: int, outputs: int, roads: list[Road], device: str) -> lis
     """Return a row of microseconds by kind of layer for each number of tokens."""
     wide = nn.Linear(inputs, outputs, bias=False, device=device)
     narrow = nn.Linear(inputs, outputs, bias=False, device=device, dtype=torch.bfloat16)
-    quantized = {road: Int8Linear(quantize_weight(wide.weight), road) for road in roads}
+    quantized = {road: QuantizedLinear(quantize_weight(wide.weight), road) for road in roads}
     rows = []
     for tokens in TOKENS:
         x = torch.randn(tokens, inputs, device=device)

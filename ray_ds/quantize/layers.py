@@ -1,4 +1,4 @@
-"""INT8 twins of the decoder's layers, called like the layers they stand in for; for inference only."""
+"""Quantized twins of the decoder's layers, called like the layers they stand in for; for inference only."""
 
 from collections.abc import Sequence
 
@@ -8,14 +8,14 @@ from torch import Tensor, nn
 
 from ray_ds.quantize.kernels import PackedWeight, Road, pack_weight
 
-Int8Weight = tuple[Tensor, Tensor]
-"""An int8 weight (N, K) and its fp32 scales (N, 1)."""
+QuantizedWeight = tuple[Tensor, Tensor]
+"""A weight's values (N, K), int8 or E4M3, and their fp32 scales (N, 1)."""
 
 
-class Int8Linear(nn.Module):
+class QuantizedLinear(nn.Module):
     """A linear layer, for inputs of any float type; a bias stays a float."""
 
-    def __init__(self, weight: Int8Weight, road: Road, bias: Tensor | None = None) -> None:
+    def __init__(self, weight: QuantizedWeight, road: Road, bias: Tensor | None = None) -> None:
         super().__init__()
         self.road = road
         self.packed = pack_weight(*weight, road)
@@ -30,10 +30,10 @@ class Int8Linear(nn.Module):
         return out.to(x.dtype).view(*x.shape[:-1], self.packed.out_features)
 
 
-class Int8MLP(nn.Module):
-    """A gated MLP whose first two products are one, over inputs made integers once."""
+class QuantizedMLP(nn.Module):
+    """A gated MLP whose first two products are one, over inputs quantized once."""
 
-    def __init__(self, gate: Int8Weight, up: Int8Weight, down: Int8Weight, road: Road) -> None:
+    def __init__(self, gate: QuantizedWeight, up: QuantizedWeight, down: QuantizedWeight, road: Road) -> None:
         super().__init__()
         self.road = road
         self.gate_up = pack_weight(*_stack(gate, up), road)
@@ -46,10 +46,10 @@ class Int8MLP(nn.Module):
         return self.down.multiply(*self.down.quantize(inner)).to(x.dtype).view(x.shape)
 
 
-class Int8Experts(nn.Module):
-    """The routed experts of a layer; every token is made integers once, whatever experts it goes to."""
+class QuantizedExperts(nn.Module):
+    """The routed experts of a layer; every token is quantized once, whatever experts it goes to."""
 
-    def __init__(self, experts: Sequence[tuple[Int8Weight, Int8Weight, Int8Weight]], road: Road) -> None:
+    def __init__(self, experts: Sequence[tuple[QuantizedWeight, QuantizedWeight, QuantizedWeight]], road: Road) -> None:
         """Take each expert's weights `gate`, `up` and `down`."""
         super().__init__()
         self.road = road
@@ -77,7 +77,7 @@ class Int8Experts(nn.Module):
         return (parts * weights[..., None]).sum(dim=1).to(x.dtype)  # (N, D)
 
 
-def _stack(first: Int8Weight, second: Int8Weight) -> Int8Weight:
+def _stack(first: QuantizedWeight, second: QuantizedWeight) -> QuantizedWeight:
     """Return two weights over the same inputs as one."""
     return torch.cat((first[0], second[0])), torch.cat((first[1], second[1]))
 

@@ -98,7 +98,7 @@ def test_the_road_is_found_for_the_models_own_shapes_and_logged(
     monkeypatch.setattr(loading, "log_event", lambda name, **fields: events.append({"name": name, **fields}))
     road = integer_road(load_quantized(str(folders[1])))
     assert road == self_test(shapes=[(48, 96), (96, 48)]).road
-    assert [(event["name"], event["road"], event["device"]) for event in events] == [("int8_kernel", road, "cpu")]
+    assert [(event["name"], event["road"], event["device"]) for event in events] == [("quantized_kernel", road, "cpu")]
 
 
 def test_it_is_for_inference_only(folders: tuple[Path, Path]) -> None:
@@ -179,7 +179,7 @@ def test_a_missing_file_is_named(folders: tuple[Path, Path], tmp_path: Path) -> 
 
 
 def test_a_checkpoint_is_not_taken_for_an_int8_model(folders: tuple[Path, Path]) -> None:
-    with pytest.raises(ArtifactError, match=r"config.json \(no quantization_config\) must hold the quantization_conf"):
+    with pytest.raises(ArtifactError, match=r"config.json \(no quantization_config\) must hold a quantization_conf"):
         load_quantized(folders[0])
 
 
