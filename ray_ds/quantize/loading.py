@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ray_ds.config.model import ModelConfig
 from ray_ds.config.quantize import Scheme
 from ray_ds.errors import ArtifactError
 from ray_ds.logs import log_event
@@ -48,7 +49,7 @@ def load_quantized(
     tensors = _Tensors(folder, scheme, torch.device(device), copies_on_disk(config))
     with torch.device("meta"):
         decoder = Decoder(config)
-    _put_quantized_layers(decoder, "", tensors, road or _choose_road(decoder, device, scheme))
+    _put_quantized_layers(decoder, "", tensors, road or _choose_road(config, device, scheme))
     decoder.to(dtype).to_empty(device=device)
     _put_float_values(decoder, tensors)
     tensors.check_all_used()
@@ -110,14 +111,19 @@ class _Tensors:
         return ArtifactError(f"{self._folder}: {name}", value, allowed, "restore the model or make it anew")
 
 
-def _choose_road(decoder: Decoder, device: str | torch.device, scheme: Scheme) -> Road:
-    """Return the road that is right for the shapes of a decoder's weights, and log it."""
-    layers = decoder.model.layers
+def matrix_shapes(config: ModelConfig) -> list[tuple[int, int]]:
+    """Return the shapes (N, K) in which a model's weights are multiplied: those of gate and up are one."""
+    with torch.device("meta"):
+        layers = Decoder(config).model.layers
     matrices = (parameter for parameter in layers.parameters() if parameter.dim() >= 2)
     stacked = (mlp.gate_proj for mlp in layers.modules() if isinstance(mlp, MLP))
     shapes = {(matrix.shape[-2], matrix.shape[-1]) for matrix in matrices}
-    shapes |= {(2 * gate.out_features, gate.in_features) for gate in stacked}
-    found = self_test(device, sorted(shapes), scheme)
+    return sorted(shapes | {(2 * gate.out_features, gate.in_features) for gate in stacked})
+
+
+def _choose_road(config: ModelConfig, device: str | torch.device, scheme: Scheme) -> Road:
+    """Return the road that is right for the shapes of a model's weights, and log it."""
+    found = self_test(device, matrix_shapes(config), scheme)
     log_event(
         "quantized_kernel",
         scheme=scheme,
