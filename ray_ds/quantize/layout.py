@@ -82,9 +82,9 @@ def dequantize_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def pack(values: Tensor) -> Tensor:
-    """Return int8 values (N, K) as int32 (N, K / 4), filled up with zeros."""
-    padded = F.pad(values, (0, -values.shape[1] % PACKED_VALUES))
-    return (padded.short() + 128).to(torch.uint8).contiguous().view(torch.int32)
+    """Return int8 values (N, K) as int32 (N, K / 4), filled up with zero bytes."""
+    unsigned = (values.short() + 128).to(torch.uint8)
+    return F.pad(unsigned, (0, -values.shape[1] % PACKED_VALUES)).view(torch.int32)
 
 
 def unpack(packed: Tensor, columns: int) -> Tensor:
