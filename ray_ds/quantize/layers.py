@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ray_ds.quantize.kernels import PackedWeight, Road, pack_weight
+from ray_ds.model.experts import lay_out
+from ray_ds.quantize.kernels import Road, pack_stack, pack_weight
 
 QuantizedWeight = tuple[Tensor, Tensor]
 """A weight's values (N, K), int8 or E4M3, and their fp32 scales (N, 1)."""
@@ -53,8 +54,9 @@ class QuantizedExperts(nn.Module):
         """Take each expert's weights `gate`, `up` and `down`."""
         super().__init__()
         self.road = road
-        self.gate_up = [pack_weight(*_stack(gate, up), road) for gate, up, _ in experts]
-        self.down = [pack_weight(*down, road) for _, _, down in experts]
+        self.num_experts = len(experts)
+        self.gate_up = pack_stack([_stack(gate, up) for gate, up, _ in experts], road)
+        self.down = pack_stack([down for _, _, down in experts], road)
 
     def forward(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
         """Return the weighted sum of each token's experts, (N, D), in the type of `x`.
@@ -64,16 +66,12 @@ class QuantizedExperts(nn.Module):
             weights: (N, K), any float type.
             chosen: (N, K), numbers of experts.
         """
-        num_tokens, num_experts_per_tok = chosen.shape
-        order = chosen.flatten().argsort(stable=True)  # (N * K,): rows of one expert side by side
-        sizes = torch.bincount(chosen.flatten(), minlength=len(self.down)).tolist()
-        values, scale = self.gate_up[0].quantize(x)
-        tokens = order // num_experts_per_tok
-        inner = _swiglu(_multiply_slices(self.gate_up, values[tokens], scale[tokens], sizes))  # (N * K, I)
-        rows = _multiply_slices(self.down, *self.down[0].quantize(inner), sizes)  # (N * K, D)
-        parts = torch.empty_like(rows)
-        parts[order] = rows
-        parts = parts.view(num_tokens, num_experts_per_tok, -1)  # (N, K, D)
+        layout = lay_out(chosen, self.num_experts)
+        tokens = layout.order // chosen.shape[1]  # (N * K,)
+        values, scale = self.gate_up.quantize(x)
+        inner = _swiglu(self.gate_up.multiply(values[tokens], scale[tokens], layout.ends))  # (N * K, I)
+        rows = self.down.multiply(*self.down.quantize(inner), layout.ends)  # (N * K, D)
+        parts = torch.unflatten(rows[layout.inverse], 0, chosen.shape)  # (N, K, D)
         return (parts * weights[..., None]).sum(dim=1).to(x.dtype)  # (N, D)
 
 
@@ -86,9 +84,3 @@ def _swiglu(gate_up: Tensor) -> Tensor:
     """Return silu(gate) * up, (M, I), of (M, 2 * I)."""
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up
-
-
-def _multiply_slices(packed: Sequence[PackedWeight], values: Tensor, scale: Tensor, sizes: list[int]) -> Tensor:
-    """Return each weight's product with its slice of the rows: fp32 (N * K, ...)."""
-    slices = zip(packed, torch.split(values, sizes), torch.split(scale, sizes), sizes, strict=True)
-    return torch.cat([weight.multiply(part, part_scale) for weight, part, part_scale, size in slices if size])

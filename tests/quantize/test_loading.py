@@ -191,6 +191,6 @@ def test_a_gpu_gives_the_logits_of_the_cpu(folders: tuple[Path, Path], dtype: to
         expected = load_quantized(folders[1], dtype=dtype)(tokens)
         decoder = load_quantized(folders[1], device="cuda", dtype=dtype)
         found = decoder(tokens.cuda()).cpu()
-    assert integer_road(decoder) == "cuda_int_mm"
+    assert integer_road(decoder) == "cuda_triton"
     assert relative_error(found, expected) < 0.02
     assert (found.argmax(-1) == expected.argmax(-1)).float().mean() > 0.98
