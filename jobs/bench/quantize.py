@@ -1,4 +1,4 @@
-"""Time an INT8 layer beside the fp32 and bf16 layers it replaces, weights cache-warm.
+"""Time a quantized layer beside the fp32 and bf16 layers it replaces, weights cache-warm, and the parts it consists of.
 
 ray job submit --working-dir . -- python -m jobs.bench.quantize --device cpu --threads 1
 """
@@ -6,6 +6,8 @@ ray job submit --working-dir . -- python -m jobs.bench.quantize --device cpu --t
 import argparse
 import json
 import time
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +23,7 @@ ROUNDS = 5
 ROUND_S = 0.1
 
 
-def microseconds(module: nn.Module, x: Tensor) -> float:
+def microseconds(module: Callable[[Tensor], object], x: Tensor) -> float:
     """Return the best mean time of a call over some rounds: of processors' time on a CPU, of the clock on a GPU."""
     clock = time.perf_counter if x.is_cuda else time.process_time
     best = float("inf")
@@ -39,7 +41,7 @@ def microseconds(module: nn.Module, x: Tensor) -> float:
 
 
 def time_layer(inputs: int, outputs: int, roads: list[Road], device: str) -> list[dict[str, float]]:
-    """Return a row of microseconds by kind of layer for each number of tokens."""
+    """Return a row of microseconds by kind and part of layer for each number of tokens."""
     wide = nn.Linear(inputs, outputs, bias=False, device=device)
     narrow = nn.Linear(inputs, outputs, bias=False, device=device, dtype=torch.bfloat16)
     quantized = {road: QuantizedLinear(quantize_weight(wide.weight), road) for road in roads}
@@ -49,8 +51,11 @@ def time_layer(inputs: int, outputs: int, roads: list[Road], device: str) -> lis
         row = {"inputs": inputs, "outputs": outputs, "tokens": tokens}
         times = {"fp32": microseconds(wide, x), "bf16": microseconds(narrow, x.bfloat16())}
         for road, module in quantized.items():
+            values, scale = module.packed.quantize(x)
             times[road] = microseconds(module, x)
             times[f"{road}, bf16 in"] = microseconds(module, x.bfloat16())
+            times[f"{road}, tokens to integers"] = microseconds(module.packed.quantize, x)
+            times[f"{road}, product"] = microseconds(partial(module.packed.multiply, token_scale=scale), values)
         rows.append({**row, **{name: round(value, 1) for name, value in times.items()}})
     return rows
 
