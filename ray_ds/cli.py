@@ -123,9 +123,10 @@ def argument_parser() -> argparse.ArgumentParser:
     imports.add_argument("--output", required=True, help="folder below which the artefact is made, as `run_dir` is")
     imports.add_argument("--source", help="where it comes from, for `ray-ds trace`")
     imports.add_argument("--licence", help="its licence, for `ray-ds trace`")
-    export = commands.add_parser("export", help="write a Checkpoint for transformers and vLLM")
+    export = commands.add_parser("export", help="write a Checkpoint for transformers and vLLM, or ONNX Runtime")
     export.add_argument("artefact", metavar="ARTEFACT", help="its folder")
-    export.add_argument("--to", required=True, choices=["hf"], help="hf: Hugging Face's layout")
+    layouts = "hf: Hugging Face's layout; onnx: a dense model for ONNX Runtime, in dynamic INT8"
+    export.add_argument("--to", required=True, choices=["hf", "onnx"], help=layouts)
     export.add_argument("--output", required=True, help="folder that is made")
     export.add_argument(
         "--dtype", choices=["bfloat16", "float16", "float32"], help="of the weights (default: as it is)"
@@ -304,6 +305,15 @@ def _export_command(options: argparse.Namespace, _: Sequence[str]) -> int:
     uri = absolute_path(options.artefact.rstrip("/"), os.getcwd(), field="artefact")
     artifact = open_artifact(uri, list(KINDS.values()))
     target = absolute_path(options.output.rstrip("/"), os.getcwd(), field="--output")
+    if options.to == "onnx":
+        for name, value, default in (
+            ("--dtype", options.dtype, None),
+            ("--max-shard-bytes", options.max_shard_bytes, MAX_SHARD_BYTES),
+        ):
+            if value != default:
+                raise ConfigError(name, value, "has no effect with --to onnx", "leave it out")
+        load_object("ray_ds.quantize.onnx_export:export_onnx")(artifact, target)
+        return _print_lines([target])
     load_object("ray_ds.exchange.export_folder:export_checkpoint")(
         artifact, target, dtype=options.dtype, max_shard_bytes=options.max_shard_bytes
     )
