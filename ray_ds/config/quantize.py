@@ -51,10 +51,13 @@ class QuantizeSettings:
     """Threads that a task computes with on the CPU; Ray reserves as many CPUs."""
 
     def __post_init__(self) -> None:
-        """Refuse smoothing where activations are not quantized."""
+        """Refuse what would have no effect."""
         if self.scheme == "w8a16" and self.smoothing:
             allowed = "has no effect where scheme is w8a16: only activations are smoothed"
             raise ConfigError("smoothing", self.smoothing, allowed, "remove it, or use scheme w8a8")
+        if self.num_workers > 1 and not self.alpha:
+            allowed = "has no effect without smoothing: one task compares the models"
+            raise ConfigError("num_workers", self.num_workers, allowed, "use 1, or set smoothing")
 
     @property
     def alpha(self) -> float:

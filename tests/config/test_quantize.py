@@ -41,6 +41,11 @@ def test_smoothing_that_would_do_nothing_is_refused() -> None:
         decode_settings(QuantizeSettings, {"scheme": "w8a16", "smoothing": 0.5}, where="quantize")
 
 
+def test_workers_that_would_have_nothing_to_do_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"quantize.num_workers \(4\) has no effect without smoothing: one task comp"):
+        decode_settings(QuantizeSettings, {"smoothing": 0, "num_workers": 4}, where="quantize")
+
+
 def test_an_unknown_device_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"quantize.device \(tpu\) must be 'auto', 'cpu' or 'cuda'"):
         decode_settings(QuantizeSettings, {"device": "tpu"}, where="quantize")

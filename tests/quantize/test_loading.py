@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ray_ds.config.quantize import Scheme
 from ray_ds.errors import ArtifactError
 from ray_ds.model.caches import SlotCache
 from ray_ds.model.checkpoint_folder import load_checkpoint_folder
@@ -41,6 +42,18 @@ def test_logits_are_near_those_of_the_checkpoint(
     assert found.dtype == torch.float32
     assert relative_error(found, expected) < tolerance
     assert (found.argmax(-1) == expected.argmax(-1)).float().mean() > 0.97
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("scheme", "tolerance"), [("w8a16", 0.02), ("fp8", 0.06)])
+def test_experts_load_in_every_scheme(tmp_path: Path, scheme: Scheme, tolerance: float, dtype: torch.dtype) -> None:
+    source = write_checkpoint(tmp_path / "model", "moe")
+    quantize_folder(source, tmp_path / "out", max_shard_bytes=6000, scheme=scheme)
+    tokens = make_tokens(8, SEQ_LEN, seed=506)
+    with torch.inference_mode():
+        expected = load_checkpoint_folder(source, dtype=torch.float32, device="cpu")(tokens)
+        found = load_quantized(tmp_path / "out", dtype=dtype)(tokens)
+    assert relative_error(found, expected) < tolerance
 
 
 def test_it_predicts_as_well_as_the_checkpoint(folders: tuple[Path, Path]) -> None:
