@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ray_ds import __version__
-from ray_ds.artifacts import KINDS, open_artifact
+from ray_ds.artifacts import KINDS, QuantizedModel, open_artifact
 from ray_ds.config.arguments import ArgumentParser
 from ray_ds.config.import_hf import MAX_SHARD_BYTES
 from ray_ds.config.paths import absolute_path
@@ -123,15 +123,27 @@ def argument_parser() -> argparse.ArgumentParser:
     imports.add_argument("--output", required=True, help="folder below which the artefact is made, as `run_dir` is")
     imports.add_argument("--source", help="where it comes from, for `ray-ds trace`")
     imports.add_argument("--licence", help="its licence, for `ray-ds trace`")
-    export = commands.add_parser("export", help="write a Checkpoint for transformers and vLLM")
+    export = commands.add_parser("export", help="write a Checkpoint for transformers and vLLM, or ONNX Runtime")
     export.add_argument("artefact", metavar="ARTEFACT", help="its folder")
-    export.add_argument("--to", required=True, choices=["hf"], help="hf: Hugging Face's layout")
+    layouts = "hf: Hugging Face's layout; onnx: a dense model for ONNX Runtime, in dynamic INT8"
+    export.add_argument("--to", required=True, choices=["hf", "onnx"], help=layouts)
     export.add_argument("--output", required=True, help="folder that is made")
     export.add_argument(
         "--dtype", choices=["bfloat16", "float16", "float32"], help="of the weights (default: as it is)"
     )
     export.add_argument(
         "--max-shard-bytes", type=_count, default=MAX_SHARD_BYTES, help="size of a file at most (default %(default)s)"
+    )
+    quantized = commands.add_parser("quantized", help="inspect or verify a QuantizedModel, or write it in floats")
+    actions = quantized.add_subparsers(dest="action", required=True, metavar="ACTION", parser_class=ArgumentParser)
+    inspect = actions.add_parser("inspect", help="show its scheme, sizes, gates and largest errors")
+    verify_model = actions.add_parser("verify", help="check its files, layout and shapes, and this machine's kernels")
+    dequantize = actions.add_parser("dequantize", help="write the floats that it stands for, for transformers")
+    for action in (inspect, verify_model, dequantize):
+        action.add_argument("artefact", metavar="ARTEFACT", help="its folder")
+    dequantize.add_argument("--output", required=True, help="folder that is made")
+    dequantize.add_argument(
+        "--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of the weights (default %(default)s)"
     )
     sample = commands.add_parser("sample-text", help="write real text from installed packages as jsonl.gz")
     sample.add_argument("folder")
@@ -293,10 +305,29 @@ def _export_command(options: argparse.Namespace, _: Sequence[str]) -> int:
     uri = absolute_path(options.artefact.rstrip("/"), os.getcwd(), field="artefact")
     artifact = open_artifact(uri, list(KINDS.values()))
     target = absolute_path(options.output.rstrip("/"), os.getcwd(), field="--output")
+    if options.to == "onnx":
+        for name, value, default in (
+            ("--dtype", options.dtype, None),
+            ("--max-shard-bytes", options.max_shard_bytes, MAX_SHARD_BYTES),
+        ):
+            if value != default:
+                raise ConfigError(name, value, "has no effect with --to onnx", "leave it out")
+        load_object("ray_ds.quantize.onnx_export:export_onnx")(artifact, target)
+        return _print_lines([target])
     load_object("ray_ds.exchange.export_folder:export_checkpoint")(
         artifact, target, dtype=options.dtype, max_shard_bytes=options.max_shard_bytes
     )
     return _print_lines([target])
+
+
+def _quantized_command(options: argparse.Namespace, _: Sequence[str]) -> int:
+    uri = absolute_path(options.artefact.rstrip("/"), os.getcwd(), field="artefact")
+    artifact = open_artifact(uri, [QuantizedModel])
+    if options.action == "dequantize":
+        target = absolute_path(options.output.rstrip("/"), os.getcwd(), field="--output")
+        load_object("ray_ds.quantize.tools:dequantize")(artifact, target, dtype=options.dtype)
+        return _print_lines([target])
+    return _print_lines(load_object(f"ray_ds.quantize.tools:{options.action}_lines")(artifact))
 
 
 def _sample_chats_command(options: argparse.Namespace, _: Sequence[str]) -> int:
@@ -326,6 +357,7 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace, Sequence[str]], int]] = {
     "verify": _verify_command,
     "import": _import_command,
     "export": _export_command,
+    "quantized": _quantized_command,
     "sample-text": _sample_text_command,
     "sample-chats": _sample_chats_command,
     "sample-tasks": _sample_tasks_command,
@@ -337,6 +369,7 @@ _WITHOUT_RECIPE = (
     "verify",
     "import",
     "export",
+    "quantized",
     "sample-text",
     "sample-chats",
     "sample-tasks",

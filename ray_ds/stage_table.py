@@ -125,8 +125,8 @@ STAGES: tuple[Stage, ...] = (
         settings="ray_ds.config.quantize:QuantizeSettings",
         reads=(("Checkpoint",), ("TokenShards",)),
         writes="QuantizedModel",
-        version=1,
-        resources="one Ray task, 1 CPU or GPU",
+        version=2,
+        resources="Ray tasks, `num_workers` CPUs or GPUs",
     ),
     Stage(
         name="serve",

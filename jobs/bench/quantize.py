@@ -1,4 +1,4 @@
-"""Time an INT8 layer beside the fp32 and bf16 layers it replaces, weights cache-warm.
+"""Time a quantized layer beside the fp32 and bf16 layers it replaces, weights cache-warm, and the parts it consists of.
 
 ray job submit --working-dir . -- python -m jobs.bench.quantize --device cpu --threads 1
 """
@@ -6,11 +6,13 @@ ray job submit --working-dir . -- python -m jobs.bench.quantize --device cpu --t
 import argparse
 import json
 import time
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from ray_ds.quantize import Int8Linear, self_test
+from ray_ds.quantize import QuantizedLinear, self_test
 from ray_ds.quantize.kernels import Road
 from ray_ds.quantize.scheme import quantize_weight
 
@@ -21,7 +23,7 @@ ROUNDS = 5
 ROUND_S = 0.1
 
 
-def microseconds(module: nn.Module, x: Tensor) -> float:
+def microseconds(module: Callable[[Tensor], object], x: Tensor) -> float:
     """Return the best mean time of a call over some rounds: of processors' time on a CPU, of the clock on a GPU."""
     clock = time.perf_counter if x.is_cuda else time.process_time
     best = float("inf")
@@ -39,18 +41,21 @@ def microseconds(module: nn.Module, x: Tensor) -> float:
 
 
 def time_layer(inputs: int, outputs: int, roads: list[Road], device: str) -> list[dict[str, float]]:
-    """Return a row of microseconds by kind of layer for each number of tokens."""
+    """Return a row of microseconds by kind and part of layer for each number of tokens."""
     wide = nn.Linear(inputs, outputs, bias=False, device=device)
     narrow = nn.Linear(inputs, outputs, bias=False, device=device, dtype=torch.bfloat16)
-    quantized = {road: Int8Linear(quantize_weight(wide.weight), road) for road in roads}
+    quantized = {road: QuantizedLinear(quantize_weight(wide.weight), road) for road in roads}
     rows = []
     for tokens in TOKENS:
         x = torch.randn(tokens, inputs, device=device)
         row = {"inputs": inputs, "outputs": outputs, "tokens": tokens}
         times = {"fp32": microseconds(wide, x), "bf16": microseconds(narrow, x.bfloat16())}
         for road, module in quantized.items():
+            values, scale = module.packed.quantize(x)
             times[road] = microseconds(module, x)
             times[f"{road}, bf16 in"] = microseconds(module, x.bfloat16())
+            times[f"{road}, tokens to integers"] = microseconds(module.packed.quantize, x)
+            times[f"{road}, product"] = microseconds(partial(module.packed.multiply, token_scale=scale), values)
         rows.append({**row, **{name: round(value, 1) for name, value in times.items()}})
     return rows
 

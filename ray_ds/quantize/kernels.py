@@ -1,27 +1,44 @@
-"""Integer matrix products: four roads to the same bits, and the self-test that picks one when a process starts."""
+"""Products with quantized weights: the roads of each scheme, and the self-test that picks one when a process starts.
+
+All roads of W8A8 give the same bits. Those of FP8 are near each other, as tensor cores round while they add.
+"""
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from ray_ds.config.quantize import Scheme
+from ray_ds.quantize.cuda_int8 import IntMmWeight, TritonStack, TritonWeight, has_triton
+from ray_ds.quantize.float8 import Float8ReferenceWeight, ScaledMmWeight, float8_sums, quantize_rows
 from ray_ds.quantize.onednn import OneDnnWeight, TwoPassWeight, is_available
 from ray_ds.quantize.scheme import INT8_MAX, MAX_IN_FEATURES, integer_sums, quantize_tokens
+from ray_ds.quantize.weight_only import WeightOnly
 
-Road = Literal["onednn", "onednn_two_pass", "cuda_int_mm", "reference"]
-"""Which kernel multiplies; the results are equal, the speeds are not."""
+Road = Literal[
+    "onednn",
+    "onednn_two_pass",
+    "cuda_triton",
+    "cuda_int_mm",
+    "reference",
+    "weight_only",
+    "cuda_scaled_mm",
+    "float8_reference",
+]
+"""Which kernel multiplies: the first five for `w8a8`, then one for `w8a16`, the last two for `fp8`."""
+FALLBACKS: Mapping[Scheme, Road] = {"w8a8": "reference", "w8a16": "weight_only", "fp8": "float8_reference"}
+"""The road of each scheme that is right on every device."""
 
 SELF_TEST_SHAPES = ((48, 64), (5, 17), (1024, 256), (256, 688), (33, 2500))
 """(N, K) of weights that the self-test tries if it is given no others: usual, tiny, odd ones, sums beyond 2**24."""
 SELF_TEST_TOKENS = (1, 5, 40)
 """Batch sizes the self-test tries; kernels differ for one row, a few and many."""
-_INT_MM_MIN_TOKENS = 17
-"""`torch._int_mm` refuses fewer rows on CUDA, and widths that are no multiple of `_INT_MM_MULTIPLE`."""
-_INT_MM_MULTIPLE = 8
+FLOAT8_TOLERANCE = 2.0**-10
+"""By how much of the products' magnitudes, added up, FP8 sums may be off: Hopper's tensor cores add in about 14 bits
+(DeepSeek-V3, arXiv 2412.19437, section 3.3.2)."""
 
 
 class PackedWeight(Protocol):
@@ -31,10 +48,24 @@ class PackedWeight(Protocol):
     out_features: int
 
     def quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return tokens (M, K) as this road's integers and their fp32 scales (M, 1)."""
+        """Return tokens (M, K) as this road multiplies them, and their fp32 scales (M, 1)."""
 
     def multiply(self, x: Tensor, token_scale: Tensor) -> Tensor:
-        """Return the product of tokens from `quantize` with the weight: fp32 (M, N)."""
+        """Return the product of tokens from `quantize` with the weight: (M, N), in fp32 if tokens were rounded."""
+
+
+class PackedStack(Protocol):
+    """Weights of one shape, such as those of a layer's experts, laid out for one road."""
+
+    def quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return tokens (M, K) as this road multiplies them, and their fp32 scales (M, 1)."""
+
+    def multiply(self, x: Tensor, token_scale: Tensor, ends: Tensor) -> Tensor:
+        """Return each weight's product with its rows: (M, N), in fp32 if tokens were rounded.
+
+        Args:
+            ends: (E,) int64, where each weight's rows end; they lie behind each other.
+        """
 
 
 class ReferenceWeight:
@@ -54,40 +85,46 @@ class ReferenceWeight:
         return integer_sums(x, self._weight).mul_(self._scale).mul_(token_scale)
 
 
-class CudaWeight:
-    """A weight for `torch._int_mm` on CUDA, with zeros up to the sizes that it takes."""
-
-    def __init__(self, weight: Tensor, scale: Tensor) -> None:
-        self.out_features, self.in_features = weight.shape
-        self._extra_inputs = -self.in_features % _INT_MM_MULTIPLE
-        extra_outputs = -self.out_features % _INT_MM_MULTIPLE
-        self._weight = F.pad(weight, (0, self._extra_inputs, 0, extra_outputs)).contiguous().T  # (K, N), column-major
-        self._scale = scale.flatten()
-
-    def quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return tokens (M, K) as int8 and their scales (M, 1)."""
-        return quantize_tokens(x)
-
-    def multiply(self, x: Tensor, token_scale: Tensor) -> Tensor:
-        """Return the product of tokens from `quantize` with the weight: fp32 (M, N)."""
-        extra_tokens = max(_INT_MM_MIN_TOKENS, x.shape[0] + -x.shape[0] % _INT_MM_MULTIPLE) - x.shape[0]
-        padded = F.pad(x, (0, self._extra_inputs, 0, extra_tokens))
-        sums = torch._int_mm(padded, self._weight)[: x.shape[0], : self.out_features]
-        return sums.float().mul_(self._scale).mul_(token_scale)
-
-
-_ROADS: Mapping[Road, type[OneDnnWeight | TwoPassWeight | CudaWeight | ReferenceWeight]] = {
+_ROADS: Mapping[Road, Callable[[Tensor, Tensor], PackedWeight]] = {
     "onednn": OneDnnWeight,
     "onednn_two_pass": TwoPassWeight,
-    "cuda_int_mm": CudaWeight,
+    "cuda_triton": TritonWeight,
+    "cuda_int_mm": IntMmWeight,
     "reference": ReferenceWeight,
+    "weight_only": WeightOnly,
+    "cuda_scaled_mm": ScaledMmWeight,
+    "float8_reference": Float8ReferenceWeight,
 }
 
 
 def pack_weight(weight: Tensor, scale: Tensor, road: Road) -> PackedWeight:
-    """Return an int8 weight (N, K) with its fp32 scales (N, 1), laid out for one road."""
+    """Return a weight's values (N, K) with their fp32 scales (N, 1), laid out for one road of its scheme."""
     assert weight.shape[1] <= MAX_IN_FEATURES, f"{weight.shape[1]} inputs could overflow int32"
     return _ROADS[road](weight, scale)
+
+
+class WeightLoop:
+    """Weights multiplied one after the other."""
+
+    def __init__(self, weights: Sequence[PackedWeight]) -> None:
+        self._weights = weights
+
+    def quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return tokens (M, K) as this road multiplies them, and their fp32 scales (M, 1)."""
+        return self._weights[0].quantize(x)
+
+    def multiply(self, x: Tensor, token_scale: Tensor, ends: Tensor) -> Tensor:
+        """Return each weight's product with its rows: (M, N)."""
+        sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()
+        slices = zip(self._weights, torch.split(x, sizes), torch.split(token_scale, sizes), strict=True)
+        return torch.cat([weight.multiply(part, scale) for weight, part, scale in slices if len(part) or not len(x)])
+
+
+def pack_stack(weights: Sequence[tuple[Tensor, Tensor]], road: Road) -> PackedStack:
+    """Return weights of one shape, each values (N, K) and fp32 scales (N, 1), laid out for one road."""
+    if road == "cuda_triton":
+        return TritonStack(weights)
+    return WeightLoop([pack_weight(values, scale, road) for values, scale in weights])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,8 +138,12 @@ class SelfTest:
     seconds: float
 
 
-def self_test(device: str | torch.device = "cpu", shapes: Sequence[tuple[int, int]] = SELF_TEST_SHAPES) -> SelfTest:
-    """Return the fastest road of a device whose products are bit for bit those of the reference.
+def self_test(
+    device: str | torch.device = "cpu",
+    shapes: Sequence[tuple[int, int]] = SELF_TEST_SHAPES,
+    scheme: Scheme = "w8a8",
+) -> SelfTest:
+    """Return a scheme's fastest road on a device whose products are right: with `w8a8`, the reference's bit for bit.
 
     Args:
         shapes: (N, K) of the weights to try; `load_quantized` names all those of its model.
@@ -110,24 +151,30 @@ def self_test(device: str | torch.device = "cpu", shapes: Sequence[tuple[int, in
     start = time.perf_counter()
     device = torch.device(device)
     rejected: dict[str, str] = {}
-    for road in _candidates(device):
-        reason = _find_fault(road, device, shapes)
+    find_fault = _find_float8_fault if scheme == "fp8" else _find_fault
+    for road in _candidates(device, scheme):
+        reason = find_fault(road, device, shapes)
         if reason is None:
             break
         rejected[road] = reason
     else:
-        road = "reference"
+        road = FALLBACKS[scheme]
     return SelfTest(device=str(device), road=road, rejected=rejected, seconds=time.perf_counter() - start)
 
 
-def _candidates(device: torch.device) -> tuple[Road, ...]:
+def _candidates(device: torch.device, scheme: Scheme) -> tuple[Road, ...]:
+    """Return the roads to try, the fastest first."""
+    if scheme == "w8a16":
+        return ()
     if device.type == "cuda":
-        return ("cuda_int_mm",)
-    return ("onednn", "onednn_two_pass") if is_available() else ()
+        if scheme == "fp8":
+            return ("cuda_scaled_mm",)
+        return ("cuda_triton", "cuda_int_mm") if has_triton() else ("cuda_int_mm",)
+    return ("onednn", "onednn_two_pass") if scheme == "w8a8" and is_available() else ()
 
 
 def _find_fault(road: Road, device: torch.device, shapes: Sequence[tuple[int, int]]) -> str | None:
-    """Return where a road differs from the reference, or None."""
+    """Return where a road of integers differs from the reference, or None."""
     generator = torch.Generator().manual_seed(0)
     for out_features, in_features in shapes:
         for name, x, weight in _trials(out_features, in_features, generator):
@@ -142,8 +189,29 @@ def _find_fault(road: Road, device: torch.device, shapes: Sequence[tuple[int, in
                     found = packed.multiply(values, token_scale).cpu()
                     if not torch.equal(found, expected[:tokens]):
                         return f"wrong sums for {name} integers, {tokens} tokens, weight {out_features} x {in_features}"
-            except RuntimeError as error:  # an operator this build or device does not have
-                return str(error).splitlines()[0]
+            except Exception as error:  # an operator this build or device lacks, a kernel that does not compile
+                return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
+    return None
+
+
+def _find_float8_fault(road: Road, device: torch.device, shapes: Sequence[tuple[int, int]]) -> str | None:
+    """Return where a road of FP8 is further from the reference than tensor cores round, or None."""
+    generator = torch.Generator().manual_seed(0)
+    for out_features, in_features in shapes:
+        x = torch.randn((max(SELF_TEST_TOKENS), in_features), generator=generator)
+        weight, scale = quantize_rows(torch.randn((out_features, in_features), generator=generator))
+        values, token_scale = quantize_rows(x)
+        factors = scale.flatten() * token_scale  # (M, N)
+        expected = float8_sums(values, weight) * factors
+        allowed = FLOAT8_TOLERANCE * float8_sums(values.float().abs(), weight.float().abs()) * factors
+        try:
+            packed = pack_weight(weight.to(device), scale.to(device), road)
+            for tokens in SELF_TEST_TOKENS:
+                found = packed.multiply(*packed.quantize(x[:tokens].to(device))).cpu()
+                if not ((found - expected[:tokens]).abs() <= allowed[:tokens]).all():
+                    return f"wrong sums for {tokens} tokens, weight {out_features} x {in_features}"
+        except Exception as error:  # as above
+            return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
     return None
 
 

@@ -1,4 +1,4 @@
-"""INT8 twins of the decoder's layers, called like the layers they stand in for; for inference only."""
+"""Quantized twins of the decoder's layers, called like the layers they stand in for; for inference only."""
 
 from collections.abc import Sequence
 
@@ -6,16 +6,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ray_ds.quantize.kernels import PackedWeight, Road, pack_weight
+from ray_ds.model.experts import lay_out
+from ray_ds.quantize.kernels import Road, pack_stack, pack_weight
 
-Int8Weight = tuple[Tensor, Tensor]
-"""An int8 weight (N, K) and its fp32 scales (N, 1)."""
+QuantizedWeight = tuple[Tensor, Tensor]
+"""A weight's values (N, K), int8 or E4M3, and their fp32 scales (N, 1)."""
 
 
-class Int8Linear(nn.Module):
+class QuantizedLinear(nn.Module):
     """A linear layer, for inputs of any float type; a bias stays a float."""
 
-    def __init__(self, weight: Int8Weight, road: Road, bias: Tensor | None = None) -> None:
+    def __init__(self, weight: QuantizedWeight, road: Road, bias: Tensor | None = None) -> None:
         super().__init__()
         self.road = road
         self.packed = pack_weight(*weight, road)
@@ -30,10 +31,10 @@ class Int8Linear(nn.Module):
         return out.to(x.dtype).view(*x.shape[:-1], self.packed.out_features)
 
 
-class Int8MLP(nn.Module):
-    """A gated MLP whose first two products are one, over inputs made integers once."""
+class QuantizedMLP(nn.Module):
+    """A gated MLP whose first two products are one, over inputs quantized once."""
 
-    def __init__(self, gate: Int8Weight, up: Int8Weight, down: Int8Weight, road: Road) -> None:
+    def __init__(self, gate: QuantizedWeight, up: QuantizedWeight, down: QuantizedWeight, road: Road) -> None:
         super().__init__()
         self.road = road
         self.gate_up = pack_weight(*_stack(gate, up), road)
@@ -46,15 +47,16 @@ class Int8MLP(nn.Module):
         return self.down.multiply(*self.down.quantize(inner)).to(x.dtype).view(x.shape)
 
 
-class Int8Experts(nn.Module):
-    """The routed experts of a layer; every token is made integers once, whatever experts it goes to."""
+class QuantizedExperts(nn.Module):
+    """The routed experts of a layer; every token is quantized once, whatever experts it goes to."""
 
-    def __init__(self, experts: Sequence[tuple[Int8Weight, Int8Weight, Int8Weight]], road: Road) -> None:
+    def __init__(self, experts: Sequence[tuple[QuantizedWeight, QuantizedWeight, QuantizedWeight]], road: Road) -> None:
         """Take each expert's weights `gate`, `up` and `down`."""
         super().__init__()
         self.road = road
-        self.gate_up = [pack_weight(*_stack(gate, up), road) for gate, up, _ in experts]
-        self.down = [pack_weight(*down, road) for _, _, down in experts]
+        self.num_experts = len(experts)
+        self.gate_up = pack_stack([_stack(gate, up) for gate, up, _ in experts], road)
+        self.down = pack_stack([down for _, _, down in experts], road)
 
     def forward(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
         """Return the weighted sum of each token's experts, (N, D), in the type of `x`.
@@ -64,20 +66,16 @@ class Int8Experts(nn.Module):
             weights: (N, K), any float type.
             chosen: (N, K), numbers of experts.
         """
-        num_tokens, num_experts_per_tok = chosen.shape
-        order = chosen.flatten().argsort(stable=True)  # (N * K,): rows of one expert side by side
-        sizes = torch.bincount(chosen.flatten(), minlength=len(self.down)).tolist()
-        values, scale = self.gate_up[0].quantize(x)
-        tokens = order // num_experts_per_tok
-        inner = _swiglu(_multiply_slices(self.gate_up, values[tokens], scale[tokens], sizes))  # (N * K, I)
-        rows = _multiply_slices(self.down, *self.down[0].quantize(inner), sizes)  # (N * K, D)
-        parts = torch.empty_like(rows)
-        parts[order] = rows
-        parts = parts.view(num_tokens, num_experts_per_tok, -1)  # (N, K, D)
+        layout = lay_out(chosen, self.num_experts)
+        tokens = layout.order // chosen.shape[1]  # (N * K,)
+        values, scale = self.gate_up.quantize(x)
+        inner = _swiglu(self.gate_up.multiply(values[tokens], scale[tokens], layout.ends))  # (N * K, I)
+        rows = self.down.multiply(*self.down.quantize(inner), layout.ends)  # (N * K, D)
+        parts = torch.unflatten(rows[layout.inverse], 0, chosen.shape)  # (N, K, D)
         return (parts * weights[..., None]).sum(dim=1).to(x.dtype)  # (N, D)
 
 
-def _stack(first: Int8Weight, second: Int8Weight) -> Int8Weight:
+def _stack(first: QuantizedWeight, second: QuantizedWeight) -> QuantizedWeight:
     """Return two weights over the same inputs as one."""
     return torch.cat((first[0], second[0])), torch.cat((first[1], second[1]))
 
@@ -86,9 +84,3 @@ def _swiglu(gate_up: Tensor) -> Tensor:
     """Return silu(gate) * up, (M, I), of (M, 2 * I)."""
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up
-
-
-def _multiply_slices(packed: Sequence[PackedWeight], values: Tensor, scale: Tensor, sizes: list[int]) -> Tensor:
-    """Return each weight's product with its slice of the rows: fp32 (N * K, ...)."""
-    slices = zip(packed, torch.split(values, sizes), torch.split(scale, sizes), sizes, strict=True)
-    return torch.cat([weight.multiply(part, part_scale) for weight, part, part_scale, size in slices if size])

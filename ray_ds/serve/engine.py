@@ -3,13 +3,12 @@
 import logging
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from ray_ds.serve.requests import Emit, Failure, FinishReason, GenerationRequest, Piece, TokenLogprobs
+from ray_ds.serve.requests import Emit, EngineStats, Failure, FinishReason, GenerationRequest, Piece, TokenLogprobs
 from ray_ds.serve.sampler import draw_tokens, token_logprobs
 from ray_ds.serve.scheduler import RunningAnswer, Scheduler
 
@@ -54,17 +53,6 @@ class QueueFullError(Exception):
 
 class EngineStoppedError(Exception):
     """The engine has failed or was closed; the message says why."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EngineStats:
-    """What the engine is doing."""
-
-    num_running: int
-    num_waiting: int
-    num_steps: int
-    num_tokens: int
-    """Tokens sampled since the start."""
 
 
 class Engine:
@@ -116,8 +104,16 @@ class Engine:
             return EngineStats(
                 num_running=running,
                 num_waiting=self._num_open - running,
+                num_waiting_tokens=0,
+                num_cached_tokens=0,
+                num_cache_tokens=self._model.num_slots * self.max_model_len,
+                prefill_tokens_per_s=0.0,
+                decode_tokens_per_s=0.0,
                 num_steps=self._num_steps,
                 num_tokens=self._num_tokens,
+                num_prompt_tokens=0,
+                num_prefix_hits=0,
+                num_preemptions=0,
             )
 
     def submit(self, requests: Sequence[tuple[GenerationRequest, Emit]]) -> list[RunningAnswer]:

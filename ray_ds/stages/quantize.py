@@ -1,39 +1,49 @@
-"""The quantize stage: Checkpoint + TokenShards -> QuantizedModel, in one Ray task."""
+"""The quantize stage: Checkpoint + TokenShards -> QuantizedModel, in Ray tasks.
 
-import math
+Tasks measure the activations on text of the train split, if they are smoothed; one more writes the model, compares it
+with its checkpoint on the validation split, and puts it into its place if it passes the gates.
+"""
+
+import heapq
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import ray
 import torch
 from pydantic import JsonValue
+from torch import Tensor
 
 from ray_ds import storage
 from ray_ds.artifacts import Artifact, Checkpoint, TokenShards
 from ray_ds.config.quantize import QuantizeSettings
-from ray_ds.data.shards import TokenSplit
+from ray_ds.data.shards import Split, TokenSplit
 from ray_ds.errors import ArtifactError, InputError
-from ray_ds.evaluate.perplexity import micro_batches, sum_loss
-from ray_ds.evaluate.spans import plan_spans
-from ray_ds.logs import Progress
-from ray_ds.model.checkpoint_folder import load_checkpoint_folder, read_config
+from ray_ds.evaluate.perplexity import micro_batches
+from ray_ds.evaluate.spans import Span, plan_spans
+from ray_ds.logs import Progress, log_event
+from ray_ds.model.checkpoint_folder import load_checkpoint_folder, read_config, read_tensors
 from ray_ds.model.local_folder import MODEL_FOLDER, local_model_folder
 from ray_ds.on_ray.preflight import check_cluster
 from ray_ds.on_ray.user_errors import user_errors
 from ray_ds.quantize import load_quantized, quantize_folder
+from ray_ds.quantize.calibration import Maxima, measure_maxima, merge_maxima
+from ray_ds.quantize.comparison import Comparison, compare, merge_comparisons
+from ray_ds.quantize.convert import Written
+from ray_ds.quantize.smoothing import TensorFactors, find_factors
 from ray_ds.stage_run import StageRun
 from ray_ds.stages.evaluate import check_same_tokenizer, choose_device
 
-LARGEST_LOSS_GROWTH = 700.0
-"""Nats a token; the exponential of more leaves the range of a float."""
+NAMED_WEIGHTS = 10
+"""Weights whose errors are kept: those that lost most."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizeJob:
-    """What the task needs to know."""
+    """What tasks need to know."""
 
     checkpoint: Checkpoint
     shards: TokenShards
@@ -46,7 +56,7 @@ class QuantizeJob:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Report:
-    """How far the task has come; the last report brings the facts."""
+    """How far a task has come; the last report brings the facts."""
 
     done: int
     total: int
@@ -54,20 +64,20 @@ class Report:
 
 
 def quantize(settings: QuantizeSettings, run: StageRun) -> Artifact:
-    """Write a checkpoint as an INT8 model, once it is shown to predict the validation text as well."""
+    """Write a checkpoint as a quantized model, once it is shown to predict the validation text as well."""
     started = time.monotonic()
     checkpoint, shards = run.input(Checkpoint), run.input(TokenShards)
     check_same_tokenizer(checkpoint, shards)
     for artifact in (checkpoint, shards):
         artifact.verify_files()
-    device = choose_device(settings.device, num_workers=1)
-    num_gpus = float(device == "cuda")
+    device = choose_device(settings.device, num_workers=settings.num_workers)
+    resources: dict[str, Any] = {"num_cpus": settings.threads, "num_gpus": float(device == "cuda")}
     check_cluster(
         run.run_dir,
-        num_workers=1,
+        num_workers=settings.num_workers,
         cpus_per_worker=settings.threads,
-        gpus_per_worker=num_gpus,
-        field=f"{run.step}: tasks",
+        gpus_per_worker=resources["num_gpus"],
+        field=f"{run.step}.num_workers",
     )
     job = QuantizeJob(
         checkpoint=checkpoint,
@@ -77,73 +87,133 @@ def quantize(settings: QuantizeSettings, run: StageRun) -> Artifact:
         step=run.step,
         target=run.path(MODEL_FOLDER),
     )
-    task = ray.remote(num_cpus=settings.threads, num_gpus=num_gpus)(quantize_and_measure)
-    progress: Progress | None = None
     with user_errors():
-        for reference in task.remote(job):
+        maxima = calibrate(job, resources) if settings.alpha else {}
+        task = ray.remote(**resources)(quantize_and_compare)
+        progress: Progress | None = None
+        for reference in task.remote(job, maxima):
             report: Report = ray.get(reference)
             progress = progress or Progress(run.step, report.total)
             progress.update(report.done)
     return run.commit(report.facts, seconds=time.monotonic() - started)
 
 
-def quantize_and_measure(job: QuantizeJob) -> Iterator[Report]:
-    """Write the INT8 model to a local folder, measure both models, and copy the new one to its place if it may pass.
+def calibrate(job: QuantizeJob, resources: Mapping[str, Any]) -> Maxima:
+    """Return the activations' largest magnitudes; a maximum is the same whichever task measures which text."""
+    count = job.settings.num_workers
+    task = ray.remote(**resources)(measure_part)
+    parts: list[Maxima] = ray.get([task.remote(job, part, count) for part in range(count)])
+    log_event("calibrated", step=job.step, tokens=job.settings.calibration_tokens, tasks=count)
+    return merge_maxima(parts)
 
-    Raises:
-        ArtifactError: the checkpoint or the shards are damaged, or the perplexity grows by too much.
-        InputError: the validation split has no token to predict.
-    """
+
+def measure_part(job: QuantizeJob, part: int, count: int) -> Maxima:
+    """Return the largest magnitudes in part number `part` of `count` of the calibration's micro-batches."""
     torch.set_num_threads(job.settings.threads)
     with tempfile.TemporaryDirectory() as scratch:
-        source, target = local_model_folder(job.checkpoint, Path(scratch)), Path(scratch) / "int8"
-        sizes = quantize_folder(source, target, max_shard_bytes=job.settings.max_shard_bytes)
-        split = TokenSplit.open(job.shards.uri, "validation", Path(scratch))
-        spans = plan_spans(split, read_config(source).max_position_embeddings, job.settings.gate_tokens)
-        if not spans:
-            raise InputError(
-                job.shards.path("validation"), "no text", "must hold some text", "raise validation_fraction"
-            )
-        batches = micro_batches(spans, job.settings.micro_batch)
-        nats = list[float]()
-        for is_int8 in (False, True):
-            load = load_quantized if is_int8 else load_checkpoint_folder
-            model = load(target if is_int8 else source, dtype=torch.float32, device=job.device)
-            for batch in batches:
-                nats.append(sum_loss(model, split, batch, job.device))
-                yield Report(done=len(nats), total=2 * len(batches) + 1, facts={})
-        num_tokens = sum(span.num_targets for span in spans)
-        losses = [math.fsum(part) / num_tokens for part in (nats[: len(batches)], nats[len(batches) :])]
-        ratio = check_gate(losses[0], losses[1], job.settings, job.step)
-        for path in sorted(target.iterdir()):
-            storage.write_bytes(storage.join(job.target, path.name), path.read_bytes())
-    facts: dict[str, JsonValue] = {
-        "perplexity": math.exp(losses[1]),
-        "perplexity_ratio": ratio,
-        "size_ratio": sizes.int8 / sizes.bf16,
-        "bytes": sizes.int8,
-        "tokens": num_tokens,
-        "tokenizer_digest": job.checkpoint.fact("tokenizer_digest"),
-    }
-    yield Report(done=2 * len(batches) + 1, total=2 * len(batches) + 1, facts=facts)
+        source = local_model_folder(job.checkpoint, Path(scratch))
+        split, batches = plan_batches(job, "train", job.settings.calibration_tokens, source, Path(scratch))
+        decoder = load_checkpoint_folder(source, dtype=torch.float32, device=job.device)
+        return merge_maxima(measure_maxima(decoder, split, batch) for batch in batches[part::count])
 
 
-def check_gate(float_loss: float, int8_loss: float, settings: QuantizeSettings, step: str) -> float:
-    """Return how many times the checkpoint's perplexity the INT8 model's is.
+def quantize_and_compare(job: QuantizeJob, maxima: Mapping[str, Tensor]) -> Iterator[Report]:
+    """Write the model to a local folder, compare it with its checkpoint, and copy it to its place if it may pass.
 
     Args:
-        float_loss: the checkpoint's nats a token.
-        int8_loss: the INT8 model's.
+        maxima: from `calibrate`; empty = no smoothing.
     Raises:
-        ArtifactError: it is more than the settings allow, or no number.
+        ArtifactError: the checkpoint or the shards are damaged, or the model fails a gate.
+        InputError: the validation split has no token to predict.
     """
-    ratio = math.exp(min(int8_loss - float_loss, LARGEST_LOSS_GROWTH))
-    if not ratio <= settings.max_perplexity_ratio:
-        raise ArtifactError(
-            f"{step}.max_perplexity_ratio",
-            f"{ratio:.4g}",
-            f"must be at most {settings.max_perplexity_ratio:g}: the INT8 model's perplexity over the checkpoint's "
-            f"(loss {int8_loss:.4f} and {float_loss:.4f} nats a token)",
-            "train the checkpoint further or otherwise, or raise the setting to accept this model",
+    settings = job.settings
+    torch.set_num_threads(settings.threads)
+    with tempfile.TemporaryDirectory() as scratch:
+        source, target = local_model_folder(job.checkpoint, Path(scratch)), Path(scratch) / "quantized"
+        split, batches = plan_batches(job, "validation", settings.gate_tokens, source, Path(scratch))
+        factors: dict[str, TensorFactors] = {}
+        if maxima:
+            factors = find_factors(read_config(source), read_tensors(source), maxima, settings.alpha)
+        written = quantize_folder(
+            source, target, max_shard_bytes=settings.max_shard_bytes, scheme=settings.scheme, factors=factors
         )
-    return ratio
+        reference = load_checkpoint_folder(source, dtype=torch.float32, device=job.device)
+        quantized = load_quantized(target, dtype=torch.float32, device=job.device)
+        parts: list[Comparison] = []
+        for batch in batches:
+            parts.append(compare(reference, quantized, split, batch))
+            yield Report(done=len(parts), total=len(batches) + 1, facts={})
+        comparison = merge_comparisons(parts)
+        check_gates(comparison, settings, job.step)
+        for path in sorted(target.iterdir()):
+            storage.write_bytes(storage.join(job.target, path.name), path.read_bytes())
+    facts = {**find_facts(comparison, written, settings), "tokenizer_digest": job.checkpoint.fact("tokenizer_digest")}
+    yield Report(done=len(batches) + 1, total=len(batches) + 1, facts=facts)
+
+
+def plan_batches(
+    job: QuantizeJob, name: Split, max_tokens: int, model: Path, cache: Path
+) -> tuple[TokenSplit, list[Sequence[Span]]]:
+    """Return a split and micro-batches of rows that are spread evenly over it.
+
+    Raises:
+        InputError: it has no token to predict.
+    """
+    split = TokenSplit.open(job.shards.uri, name, cache)
+    longest = min(job.settings.seq_len, read_config(model).max_position_embeddings)
+    spans = plan_spans(split, longest, max_tokens)
+    if not spans:
+        raise InputError(job.shards.path(name), "no text", "must hold some text", "raise validation_fraction")
+    return split, micro_batches(spans, job.settings.micro_batch)
+
+
+def check_gates(comparison: Comparison, settings: QuantizeSettings, step: str) -> None:
+    """Refuse a model that is too far from its checkpoint.
+
+    Raises:
+        ArtifactError: a measure is beyond its setting, or no number; the message says what to try.
+    """
+    losses = [nats / comparison.tokens for nats in (comparison.quantized_nats, comparison.float_nats)]
+    remedy = "raise smoothing, use scheme w8a16" if settings.scheme == "w8a8" else "train the checkpoint further"
+    gates = (
+        (
+            "max_perplexity_ratio",
+            comparison.perplexity_ratio,
+            comparison.perplexity_ratio <= settings.max_perplexity_ratio,
+            f"must be at most {settings.max_perplexity_ratio:g}: the quantized model's perplexity over the "
+            f"checkpoint's (loss {losses[0]:.4f} and {losses[1]:.4f} nats a token)",
+        ),
+        (
+            "max_kl",
+            comparison.kl,
+            comparison.kl <= settings.max_kl,
+            f"must be at most {settings.max_kl:g}: nats a token by which the quantized model diverges",
+        ),
+        (
+            "min_top1_agreement",
+            comparison.top1_agreement,
+            comparison.top1_agreement >= settings.min_top1_agreement,
+            f"must be at least {settings.min_top1_agreement:g}: the share of tokens that both models find likeliest",
+        ),
+    )
+    for name, found, passes, allowed in gates:
+        if not passes:
+            action = f"{remedy}, or change the setting to accept this model"
+            raise ArtifactError(f"{step}.{name}", f"{found:.4g}", allowed, action)
+
+
+def find_facts(comparison: Comparison, written: Written, settings: QuantizeSettings) -> dict[str, JsonValue]:
+    """Return what is kept of a model that passed."""
+    worst = heapq.nlargest(NAMED_WEIGHTS, written.weight_errors.items(), key=lambda item: item[1])
+    return {
+        "scheme": settings.scheme,
+        "smoothing": settings.alpha,
+        "perplexity": comparison.perplexity,
+        "perplexity_ratio": comparison.perplexity_ratio,
+        "kl": comparison.kl,
+        "top1_agreement": comparison.top1_agreement,
+        "tokens": comparison.tokens,
+        "bytes": written.bytes,
+        "size_ratio": written.bytes / written.bf16_bytes,
+        "weight_errors": dict(worst),
+    }

@@ -62,6 +62,7 @@ settings.seq_len = 128
 stage = "quantize"
 settings.gate_tokens = 2048
 settings.max_perplexity_ratio = 1.05
+settings.min_top1_agreement = 0.8
 
 [[step]]
 stage = "serve"

@@ -31,6 +31,7 @@ SMALL = [
     "--chat.schedule.warmup_steps=1",
     "--quantize_chat.gate_tokens=1024",
     "--quantize_chat.max_perplexity_ratio=1.05",
+    "--quantize_chat.min_top1_agreement=0.8",
     "--serve_chat.app_name=chat",
     "--serve_chat.route_prefix=/chat",
 ]

@@ -62,6 +62,7 @@ settings.max_tokens = 2048
 stage = "quantize"
 settings.gate_tokens = 1024
 settings.max_perplexity_ratio = 1.05
+settings.min_top1_agreement = 0.8
 
 [[step]]
 stage = "serve"

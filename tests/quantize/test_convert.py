@@ -111,7 +111,7 @@ def test_several_files_hold_the_same_tensors_and_an_index(folders: tuple[Kind, P
     index = json.loads((tmp_path / "cut" / "model.safetensors.index.json").read_text())
     names = sorted({path.name for path in (tmp_path / "cut").glob("*.safetensors")})
     assert names[0] == f"model-00001-of-{len(names):05d}.safetensors" and len(names) > 3
-    assert index["metadata"]["total_size"] == sizes.int8
+    assert index["metadata"]["total_size"] == sizes.bytes
     whole = load_file(target / "model.safetensors")
     assert set(index["weight_map"]) == set(whole)
     for name in names:
@@ -123,8 +123,8 @@ def test_several_files_hold_the_same_tensors_and_an_index(folders: tuple[Kind, P
 def test_the_sizes_are_those_of_the_tensors(folders: tuple[Kind, Path, Path], tmp_path: Path) -> None:
     _, source, target = folders
     sizes = quantize_folder(source, tmp_path / "again", max_shard_bytes=ONE_FILE)
-    assert sizes.int8 == sum(tensor.nbytes for tensor in load_file(target / "model.safetensors").values())
-    assert sizes.bf16 == sum(2 * tensor.numel() for tensor in load_file(source / "model.safetensors").values())
+    assert sizes.bytes == sum(tensor.nbytes for tensor in load_file(target / "model.safetensors").values())
+    assert sizes.bf16_bytes == sum(2 * tensor.numel() for tensor in load_file(source / "model.safetensors").values())
 
 
 def test_a_large_model_takes_little_more_than_half(tmp_path: Path) -> None:
@@ -135,7 +135,7 @@ def test_a_large_model_takes_little_more_than_half(tmp_path: Path) -> None:
     save_checkpoint_folder(state, config, tmp_path / "model", dtype=torch.bfloat16, max_shard_bytes=ONE_FILE)
     (tmp_path / "model" / "tokenizer.json").write_text("{}")
     sizes = quantize_folder(tmp_path / "model", tmp_path / "int8", max_shard_bytes=ONE_FILE)
-    assert 0.5 < sizes.int8 / sizes.bf16 < 0.52
+    assert 0.5 < sizes.bytes / sizes.bf16_bytes < 0.52
 
 
 def test_transformers_agrees_on_what_the_integers_stand_for(folders: tuple[Kind, Path, Path], tmp_path: Path) -> None:

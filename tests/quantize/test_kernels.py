@@ -140,12 +140,14 @@ def test_a_build_without_the_operators_takes_the_reference(monkeypatch: pytest.M
 @pytest.mark.gpu
 def test_cuda_gives_the_bits_of_the_reference() -> None:
     found = self_test("cuda")
-    assert found.road == "cuda_int_mm", found.rejected
+    assert found.road == "cuda_triton", found.rejected
     for out_features, in_features in SHAPES:
         weight, scale = quantize_weight(torch.randn(out_features, in_features))
         x = torch.randn(70, in_features)
         expected = exact_product(x, weight, scale)
-        packed = pack_weight(weight.cuda(), scale.cuda(), "cuda_int_mm")
-        for tokens in (1, 16, 17, 70):
-            product = packed.multiply(*packed.quantize(x[:tokens].cuda()))
-            assert np.array_equal(product.cpu().numpy(), expected[:tokens])
+        roads: tuple[Road, ...] = ("cuda_triton", "cuda_int_mm")
+        for road in roads:
+            packed = pack_weight(weight.cuda(), scale.cuda(), road)
+            for tokens in (1, 16, 17, 32, 33, 70):
+                product = packed.multiply(*packed.quantize(x[:tokens].cuda()))
+                assert np.array_equal(product.cpu().numpy(), expected[:tokens]), (road, tokens)

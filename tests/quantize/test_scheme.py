@@ -46,6 +46,14 @@ def test_a_zero_point_only_moves_the_integers() -> None:
     assert torch.equal(scale, same_scale)
 
 
+@pytest.mark.parametrize("zero_point", [0, 128])
+def test_tokens_are_rounded_to_the_nearest_integer_and_halves_to_even(zero_point: int) -> None:
+    ratios = torch.arange(-127, 127.5, 0.5)[None]  # the largest is 127, so the scale is 1
+    values, scale = quantize_tokens(ratios, zero_point)
+    assert scale.item() == 1
+    assert np.array_equal(values.to(torch.int64).numpy() - zero_point, np.rint(ratios.numpy()).astype(np.int64))
+
+
 def test_zeros_stay_zeros() -> None:
     for quantize in (quantize_tokens, quantize_weight):
         values, scale = quantize(torch.zeros(3, 8))

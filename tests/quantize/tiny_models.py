@@ -5,10 +5,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ray_ds.config.model import ModelConfig
+from ray_ds.data.shard_file import write_shard
+from ray_ds.data.shards import TokenSplit
+from ray_ds.evaluate.spans import Span, plan_spans
 from ray_ds.model.checkpoint_folder import save_checkpoint_folder
 from ray_ds.model.decoder import Decoder
 from ray_ds.model.initial import init_weights
@@ -83,16 +87,25 @@ def write_checkpoint(folder: Path, kind: Kind, state: Mapping[str, Tensor] | Non
     return folder
 
 
-def plant_outliers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return other weights of a dense model's function, in which one channel of activations dwarfs all others.
+def make_split(folder: Path, num_rows: int, vocab_size: int = VOCAB) -> tuple[TokenSplit, list[Span]]:
+    """Write random tokens as shards, and return them with rows of 20 tokens and a shorter one at the end."""
+    tokens = torch.randint(0, vocab_size, (num_rows * 20 - 5,), generator=torch.Generator().manual_seed(7))
+    write_shard(str(folder / "shards" / "train" / "00000.arrow"), [tokens.numpy().astype(np.uint16)], ["d0"], np.uint16)
+    split = TokenSplit.open(str(folder / "shards"), "train")
+    return split, plan_spans(split, 20)
 
-    The norms before attention and MLP multiply the channel, and the weights that read it divide by as much.
+
+def plant_outliers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return other weights of the same function, in which ten channels behind every norm are 50 times the rest.
+
+    The norms before attention and MLP multiply the channels, and the weights that read them divide by as much.
     """
-    readers = ("self_attn.q_proj.weight", "kv_a_proj_with_mqa.weight", "gate_proj.weight", "up_proj.weight")
+    channels = slice(1, 41, 4)
+    readers = ("q_proj.weight", "q_a_proj.weight", "kv_a_proj_with_mqa.weight", "gate_proj.weight", "up_proj.weight")
     planted = {name: tensor.clone() for name, tensor in state.items()}
     for name, tensor in planted.items():
         if name.endswith("layernorm.weight") and ".self_attn." not in name:
-            tensor[0] *= 1e4
-        elif name.endswith(readers):
-            tensor[:, 0] /= 1e4
+            tensor[channels] *= 50
+        elif name.endswith((*readers, "mlp.gate.weight", "experts.gate_up_proj")):
+            tensor[..., channels] /= 50
     return planted

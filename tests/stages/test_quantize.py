@@ -11,13 +11,15 @@ import torch
 from torch import Tensor
 
 from ray_ds.artifacts import Artifact, Checkpoint, QuantizedModel, TokenShards, find_artifact
-from ray_ds.config.quantize import QuantizeSettings
+from ray_ds.config.quantize import QuantizeSettings, Scheme
 from ray_ds.data.shard_file import write_shard
 from ray_ds.errors import ArtifactError, ClusterError, InputError
 from ray_ds.model.checkpoint_folder import load_checkpoint_folder
-from ray_ds.quantize import load_quantized, quantize_folder
+from ray_ds.quantize import load_quantized
+from ray_ds.quantize.calibration import Maxima, merge_maxima
+from ray_ds.quantize.comparison import Comparison
 from ray_ds.stage_run import StageRun
-from ray_ds.stages.quantize import QuantizeJob, check_gate, quantize, quantize_and_measure
+from ray_ds.stages.quantize import QuantizeJob, check_gates, measure_part, quantize, quantize_and_compare
 from tests.quantize.tiny_models import SEQ_LEN, make_tokens, plant_outliers, trained_state, write_checkpoint
 from tests.stages.small_artifacts import stage_run
 
@@ -57,40 +59,78 @@ def make_job(folder: Path, checkpoint: Checkpoint, shards: TokenShards, settings
     )
 
 
-def test_the_task_measures_both_models_on_the_same_tokens(tmp_path: Path) -> None:
+def maxima_of(job: QuantizeJob, tasks: int = 1) -> Maxima:
+    """Calibrate as the stage does, without Ray."""
+    return merge_maxima(measure_part(job, part, tasks) for part in range(tasks))
+
+
+def test_the_task_compares_both_models_on_the_same_tokens(tmp_path: Path) -> None:
     checkpoint, shards = make_checkpoint(tmp_path), make_shards(tmp_path)
-    reports = list(quantize_and_measure(make_job(tmp_path, checkpoint, shards, SETTINGS)))
+    job = make_job(tmp_path, checkpoint, shards, SETTINGS)
+    reports = list(quantize_and_compare(job, maxima_of(job)))
     assert [report.done for report in reports] == list(range(1, reports[-1].total + 1))
     facts = reports[-1].facts
     tokens = make_tokens(1, 100 * SEQ_LEN, seed=77)[0]
     starts = [(i * 100 // 64) * SEQ_LEN for i in range(64)]  # 64 rows of 32 tokens, spread evenly over 100
     rows = [tokens[start : start + SEQ_LEN + 1] for start in starts]
-    losses = []
-    for model in (
+    models = (
         load_checkpoint_folder(Path(checkpoint.path("model")), dtype=torch.float32, device="cpu"),
         load_quantized(tmp_path / "int8"),
-    ):
+    )
+    losses, logs = [], []
+    for model in models:
         with torch.inference_mode():
             nats = [float(model(row[None, :-1], targets=row[None, 1:])) for row in rows]
+            logs.append(torch.cat([model(row[None, :-1])[0] for row in rows]).double().log_softmax(dim=-1))
         losses.append(sum(nats) / sum(len(row) - 1 for row in rows))
     assert facts["tokens"] == sum(len(row) - 1 for row in rows)
     assert facts["perplexity"] == pytest.approx(math.exp(losses[1]), rel=1e-3)
     assert facts["perplexity_ratio"] == pytest.approx(math.exp(losses[1] - losses[0]), rel=1e-3)
-    assert 0.99 < facts["perplexity_ratio"] < 1.01
+    assert 0.99 < facts["perplexity_ratio"] < 1.005
+    divergence = torch.nn.functional.kl_div(logs[1], logs[0], log_target=True, reduction="batchmean")
+    assert facts["kl"] == pytest.approx(float(divergence), rel=1e-2)
+    assert facts["top1_agreement"] == float((logs[0].argmax(-1) == logs[1].argmax(-1)).double().mean())
     assert facts["tokenizer_digest"] == "t0"
+    assert (facts["scheme"], facts["smoothing"]) == ("w8a8", 0.5)
 
 
-@pytest.mark.shows("Quantization fails, and leaves nothing behind, when perplexity grows by more than 1 %")
-def test_a_model_that_int8_spoils_fails_the_gate_and_leaves_no_files(tmp_path: Path) -> None:
-    state = plant_outliers(trained_state("dense"))
-    checkpoint, shards = make_checkpoint(tmp_path, state), make_shards(tmp_path)
+@pytest.mark.shows(
+    "Ten outlier channels of 50 x fail plain W8A8 at its gates, with nothing left behind; smoothing passes"
+)
+def test_outliers_fail_the_gates_and_smoothing_passes(tmp_path: Path) -> None:
+    checkpoint, shards = make_checkpoint(tmp_path, plant_outliers(trained_state("dense"))), make_shards(tmp_path)
+    plain = make_job(tmp_path, checkpoint, shards, dataclasses.replace(SETTINGS, smoothing=0.0))
     message = (
-        r"^quantize.max_perplexity_ratio \(\d+\.?\d*\) must be at most 1.01: the INT8 model's perplexity over the "
-        r"checkpoint's \(loss \d\.\d+ and \d\.\d+ nats a token\); train the checkpoint further or otherwise, or raise"
+        r"^quantize.max_perplexity_ratio \(1\.\d+\) must be at most 1.005: the quantized model's perplexity over the "
+        r"checkpoint's \(loss \d\.\d+ and \d\.\d+ nats a token\); raise smoothing, use scheme w8a16, or change"
     )
     with pytest.raises(ArtifactError, match=message):
-        list(quantize_and_measure(make_job(tmp_path, checkpoint, shards, SETTINGS)))
+        list(quantize_and_compare(plain, {}))
     assert not (tmp_path / "int8").exists()
+    smoothed = make_job(tmp_path, checkpoint, shards, SETTINGS)
+    facts = list(quantize_and_compare(smoothed, maxima_of(smoothed)))[-1].facts
+    assert facts["perplexity_ratio"] < 1.002
+    assert facts["kl"] < 0.001
+
+
+def test_any_number_of_tasks_calibrates_to_the_same_bytes(tmp_path: Path) -> None:
+    checkpoint, shards = make_checkpoint(tmp_path), make_shards(tmp_path)
+    written = []
+    for tasks in (1, 3):
+        job = make_job(tmp_path / str(tasks), checkpoint, shards, dataclasses.replace(SETTINGS, micro_batch=8 // tasks))
+        list(quantize_and_compare(job, maxima_of(job, tasks)))
+        written.append({path.name: path.read_bytes() for path in (tmp_path / str(tasks) / "int8").iterdir()})
+    assert written[0] == written[1]
+
+
+@pytest.mark.parametrize("scheme", ["w8a16", "fp8"])
+def test_other_schemes_pass_too(tmp_path: Path, scheme: Scheme) -> None:
+    settings = dataclasses.replace(SETTINGS, scheme=scheme)
+    job = make_job(tmp_path, make_checkpoint(tmp_path), make_shards(tmp_path), settings)
+    facts = list(quantize_and_compare(job, {}))[-1].facts
+    assert (facts["scheme"], facts["smoothing"]) == (scheme, 0.0)
+    assert facts["kl"] < 0.001
+    assert load_quantized(tmp_path / "int8")(make_tokens(1, 8, seed=0)).shape == (1, 8, 61)
 
 
 def test_outliers_spoil_only_the_int8_model(tmp_path: Path) -> None:
@@ -104,21 +144,40 @@ def test_outliers_spoil_only_the_int8_model(tmp_path: Path) -> None:
         torch.testing.assert_close(models[1](tokens), models[0](tokens), rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize(("int8_loss", "shown"), [(1.013, "1.013"), (math.nan, "nan"), (1e6, "1.014e\\+304")])
-def test_the_gate_says_how_much_worse_it_is(int8_loss: float, shown: str) -> None:
-    with pytest.raises(ArtifactError, match=rf"^int8.max_perplexity_ratio \({shown}\) must be at most 1.01"):
-        check_gate(1.0, 1.0 + math.log(int8_loss) if int8_loss < 2 else int8_loss, QuantizeSettings(), "int8")
+GOOD = Comparison(tokens=1000, float_nats=1000.0, quantized_nats=1001.0, kl_nats=2.0, same_top1=995)
 
 
-def test_the_gate_is_the_settings(tmp_path: Path) -> None:
-    assert check_gate(1.0, 1.05, QuantizeSettings(max_perplexity_ratio=1.06), "int8") == pytest.approx(math.exp(0.05))
-    assert check_gate(1.0, 0.99, QuantizeSettings(), "int8") < 1
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"quantized_nats": 1006.0}, r"max_perplexity_ratio \(1.006\) must be at most 1.005: the quantized model's"),
+        ({"quantized_nats": math.nan}, r"max_perplexity_ratio \(nan\) must be at most 1.005"),
+        ({"quantized_nats": 1e9}, r"max_perplexity_ratio \(1.014e\+304\) must be at most 1.005"),
+        (
+            {"kl_nats": 10.5},
+            r"max_kl \(0.0105\) must be at most 0.01: nats a token by which the quantized model diverges",
+        ),
+        (
+            {"same_top1": 979},
+            r"min_top1_agreement \(0.979\) must be at least 0.98: the share of tokens that both models",
+        ),
+    ],
+)
+def test_each_gate_says_what_it_measures(change: dict[str, float], message: str) -> None:
+    with pytest.raises(ArtifactError, match=f"^int8.{message}"):
+        check_gates(dataclasses.replace(GOOD, **change), QuantizeSettings(), "int8")
+
+
+def test_the_gates_are_the_settings() -> None:
+    check_gates(GOOD, QuantizeSettings(), "int8")
+    bad = dataclasses.replace(GOOD, quantized_nats=1050.0, kl_nats=50.0, same_top1=800)
+    check_gates(bad, QuantizeSettings(max_perplexity_ratio=1.06, max_kl=0.06, min_top1_agreement=0.7), "int8")
 
 
 def test_shards_without_a_token_to_predict_are_refused(tmp_path: Path) -> None:
     checkpoint, shards = make_checkpoint(tmp_path), make_shards(tmp_path, num_rows=0)
     with pytest.raises(InputError, match=r"validation \(no text\) must hold some text; raise validation_fraction"):
-        list(quantize_and_measure(make_job(tmp_path, checkpoint, shards, SETTINGS)))
+        list(quantize_and_compare(make_job(tmp_path, checkpoint, shards, SETTINGS), {}))
 
 
 @pytest.mark.ray
@@ -131,19 +190,13 @@ def test_the_stage_commits_a_model_that_loads(local_ray: str, tmp_path: Path) ->
     assert names == {
         f"model/{name}" for name in ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json")
     }
-    sizes = quantize_folder(Path(checkpoint.path("model")), tmp_path / "again", max_shard_bytes=1 << 30)
-    assert artifact.fact("bytes") == sizes.int8
-    assert artifact.fact("size_ratio") == sizes.int8 / sizes.bf16
-    assert set(artifact.manifest.facts) == {
-        "perplexity",
-        "perplexity_ratio",
-        "size_ratio",
-        "bytes",
-        "tokens",
-        "tokenizer_digest",
-    }
+    job = make_job(tmp_path / "again", checkpoint, shards, SETTINGS)
+    facts = list(quantize_and_compare(job, maxima_of(job)))[-1].facts
+    assert artifact.manifest.facts == facts
+    assert len(facts["weight_errors"]) == 10
     for name in names:
-        assert Path(artifact.path(name)).read_bytes() == (tmp_path / "again" / Path(name).name).read_bytes()
+        again = tmp_path / "again" / "int8" / Path(name).name
+        assert Path(artifact.path(name)).read_bytes() == again.read_bytes()
     assert load_quantized(artifact.path("model"))(make_tokens(1, 8, seed=0)).shape == (1, 8, 61)
 
 
@@ -151,8 +204,8 @@ def test_the_stage_commits_a_model_that_loads(local_ray: str, tmp_path: Path) ->
 def test_a_model_that_int8_spoils_is_not_committed(local_ray: str, tmp_path: Path) -> None:
     checkpoint = make_checkpoint(tmp_path, plant_outliers(trained_state("dense")))
     run = make_run(tmp_path, checkpoint, make_shards(tmp_path))
-    with pytest.raises(ArtifactError, match=r"quantize.max_perplexity_ratio \(.*\) must be at most 1.01"):
-        quantize(SETTINGS, run)
+    with pytest.raises(ArtifactError, match=r"quantize.max_perplexity_ratio \(.*\) must be at most 1.005"):
+        quantize(dataclasses.replace(SETTINGS, smoothing=0.0), run)
     assert find_artifact(run.uri) is None
     assert not list(Path(run.uri).rglob("*"))
 
@@ -178,7 +231,7 @@ def test_shards_of_another_tokenizer_are_refused(local_ray: str, tmp_path: Path)
 @pytest.mark.ray
 def test_more_threads_than_a_node_has_are_refused(local_ray: str, tmp_path: Path) -> None:
     run = make_run(tmp_path, make_checkpoint(tmp_path), make_shards(tmp_path))
-    with pytest.raises(ClusterError, match=r"quantize: tasks \(1\) must be at most 0, .* hold at 64 CPU a worker"):
+    with pytest.raises(ClusterError, match=r"quantize.num_workers \(1\) must be at most 0, .* hold at 64 CPU a worker"):
         quantize(dataclasses.replace(SETTINGS, threads=64), run)
-    with pytest.raises(ClusterError, match=r"quantize: tasks \(1\) must be at most 0, .* hold at 1 CPU and 1 GPU"):
+    with pytest.raises(ClusterError, match=r"quantize.num_workers \(1\) must be at most 0, .* hold at 1 CPU and 1 GPU"):
         quantize(dataclasses.replace(SETTINGS, device="cuda"), run)
