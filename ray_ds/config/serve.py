@@ -10,6 +10,9 @@ from ray_ds.errors import ConfigError
 SCALING_DEFAULTS = {"target_ongoing_requests": 4.0, "upscale_delay_s": 5.0, "downscale_delay_s": 60.0}
 """What is in force where `max_replicas` is above `min_replicas`."""
 
+Exactness = Literal["none", "batch", "schedule"]
+"""What an answer's bits do not depend on; see `ServeSettings.exactness`."""
+
 
 @settings
 class AutoscalingSettings:
