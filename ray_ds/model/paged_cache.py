@@ -70,7 +70,9 @@ class PagedRows:
         # Beyond a sequence's own blocks any will do: nothing there is looked at.
         table = [[*own[:num_blocks], *[0] * (num_blocks - len(own))] for own in blocks]
         self._table = torch.tensor(table, device=device)  # (B, S / block_size)
-        self.positions = torch.tensor(starts, device=device)[:, None] + torch.arange(num_tokens, device=device)  # (B, T)
+        self.positions = torch.tensor(starts, device=device)[:, None] + torch.arange(
+            num_tokens, device=device
+        )  # (B, T)
         places = self._table.gather(1, self.positions // size) * size + self.positions % size  # (B, T)
         self._places = places.flatten()
         keys = torch.arange(num_blocks * size, device=device)

@@ -20,7 +20,7 @@ def multiply_heads(x: Tensor, weight: Tensor) -> Tensor:
     """Return each head's vectors (B, T, H, N) times its own matrix, from (H, N, M): (B, T, H, M)."""
     flat = x.flatten(0, 1)  # (B * T, H, N)
     padded = F.pad(flat, (0, 0, 0, 0, 0, -len(flat) % ROWS))
-    parts = [torch.bmm(tile.transpose(0, 1), weight).transpose(0, 1) for tile in padded.split(ROWS)]
+    parts = [torch.bmm(tile.transpose(0, 1), weight).transpose(0, 1) for tile in torch.split(padded, ROWS)]
     return torch.cat(parts)[: len(flat)].view(*x.shape[:-1], -1)
 
 
@@ -54,12 +54,14 @@ def _attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
     All products are of (M, W) with (W, tile) and of (M, tile) with (tile, V). Sums run over a tile, then over tiles
     from the first position on.
     """
-    scores = torch.cat([torch.bmm(q, tile.transpose(1, 2)) for tile in keys.split(KEY_TILE, dim=1)], dim=-1).float()
+    tiles = torch.split(keys, KEY_TILE, dim=1)
+    scores = torch.cat([torch.bmm(q, tile.transpose(1, 2)) for tile in tiles], dim=-1).float()
     scores.masked_fill_(~mask, float("-inf"))  # (I, M, S)
     weights = scores.sub_(scores.amax(dim=-1, keepdim=True)).exp_()
     # A cumulative sum adds one number after the other, however many follow.
     totals = torch.unflatten(weights, -1, (-1, KEY_TILE)).sum(dim=-1).cumsum(dim=-1)[..., -1:]  # (I, M, 1)
-    out = q.new_zeros((*q.shape[:2], values.shape[-1]))
-    for weight, value in zip(weights.to(q.dtype).split(KEY_TILE, dim=-1), values.split(KEY_TILE, dim=1), strict=True):
-        out = torch.baddbmm(out, weight, value)
+    parts = torch.split(weights.to(q.dtype), KEY_TILE, dim=-1)
+    out = q.new_zeros((*q.shape[:2], values.shape[-1]))  # (I, M, V)
+    for part, value in zip(parts, torch.split(values, KEY_TILE, dim=1), strict=True):
+        out = torch.baddbmm(out, part, value)
     return (out / totals).to(q.dtype)

@@ -21,9 +21,9 @@ def use_row_tiles(decoder: Decoder) -> None:
     """Have a decoder's routers, float layers and float experts work on tiles of rows from now on; for inference."""
     for module in decoder.modules():
         if isinstance(module, Gate):
-            module.forward = in_tiles(module.forward, GATE_ROWS)  # type: ignore[method-assign]
+            module.forward = in_tiles(module.forward, GATE_ROWS)  # type: ignore[method-assign, assignment]
         elif isinstance(module, nn.Linear):
-            module.forward = in_tiles(module.forward, ROWS)  # type: ignore[method-assign]
+            module.forward = in_tiles(module.forward, ROWS)  # type: ignore[method-assign, assignment]
         elif isinstance(module, Experts):
             module.elsewhere = _tiled_experts(module)
 
@@ -34,7 +34,7 @@ def in_tiles(run: Callable[[Tensor], Any], rows: int) -> Callable[[Tensor], Any]
     def run_in_tiles(x: Tensor) -> Any:
         flat = x.reshape(-1, x.shape[-1])  # (N, K)
         padded = F.pad(flat, (0, 0, 0, -len(flat) % rows))
-        parts = [run(tile) for tile in padded.split(rows)]
+        parts = [run(tile) for tile in torch.split(padded, rows)]
         if isinstance(parts[0], tuple):
             return tuple(torch.cat(column)[: len(flat)] for column in zip(*parts, strict=True))
         out = parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -48,16 +48,17 @@ def _tiled_experts(experts: Experts) -> Elsewhere:
 
     def run(_: Callable[[Tensor, Tensor], Tensor], rows: Tensor, ends: Tensor) -> Tensor:
         sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()
-        outs = []
-        for part, w_in, w_out in zip(rows.split(sizes), experts.gate_up_proj, experts.down_proj, strict=True):
-            if len(part):
-                outs.append(in_tiles(lambda tile, w=w_in, v=w_out: _gated(tile, w, v), ROWS)(part))
-        return torch.cat(outs)
+        weights = zip(torch.split(rows, sizes), experts.gate_up_proj, experts.down_proj, strict=True)
+        return torch.cat([in_tiles(_gated_mlp(*own), ROWS)(part) for part, *own in weights if len(part)])
 
     return run
 
 
-def _gated(x: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
-    """Return a gated MLP's output, (M, D)."""
-    gate, up = F.linear(x, w_in).chunk(2, dim=-1)
-    return F.linear(F.silu(gate) * up, w_out)
+def _gated_mlp(w_in: Tensor, w_out: Tensor) -> Callable[[Tensor], Tensor]:
+    """Return an expert, which maps (M, D) to (M, D)."""
+
+    def run(x: Tensor) -> Tensor:
+        gate, up = F.linear(x, w_in).chunk(2, dim=-1)
+        return F.linear(F.silu(gate) * up, w_out)
+
+    return run
