@@ -56,7 +56,7 @@ class GroupedAttention(nn.Module):
 
     def _attend_row_exact(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         """Return `forward`'s result with each row's own bits, from (B, T, H, head_dim) and (B, S, G, head_dim)."""
-        k, v = (tensor.transpose(1, 2).contiguous() for tensor in (k, v))  # (B, G, S, head_dim)
+        k, v = k.transpose(1, 2), v.transpose(1, 2)  # (B, G, S, head_dim)
         q = torch.unflatten(q, 2, (k.shape[1], -1))  # (B, T, G, H / G, head_dim)
         out = attend_by_tiles(q, k, v, self.scale, mask)  # (B, T, G, H / G, head_dim)
         projected: Tensor = self.o_proj(out.flatten(2))  # (B, T, D)

@@ -33,6 +33,7 @@ class PagedCache:
         shape = (num_blocks, block_size, config.cache_width)
         self.layers = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
         self.block_size = block_size
+        self._read = torch.empty(0, dtype=dtype, device=device)
 
     def rows(
         self, blocks: Sequence[Sequence[int]], starts: Sequence[int], num_tokens: int, *, is_row_exact: bool
@@ -44,6 +45,21 @@ class PagedCache:
             starts: tokens that each holds.
         """
         return PagedRows(self, blocks, starts, num_tokens, is_row_exact=is_row_exact)
+
+    def gather(self, layer: int, table: Tensor) -> Tensor:
+        """Return the vectors of a layer in blocks (B, N), (B, N * block_size, cache_width); good until the next call.
+
+        All calls share one piece of memory: getting fresh pages for every layer of every step takes longer than the
+        copy itself.
+        """
+        held = self.layers[layer]
+        num_rows, num_blocks = table.shape
+        count = table.numel() * self.block_size * held.shape[-1]
+        if self._read.numel() < count:
+            self._read = held.new_empty(count)
+        read = self._read[:count].view(num_rows * num_blocks, self.block_size, -1)
+        torch.index_select(held, 0, table.flatten(), out=read)
+        return read.view(num_rows, num_blocks * self.block_size, -1)
 
     def wipe(self, blocks: Sequence[int]) -> None:
         """Make blocks zero: even a masked NaN would spoil the sums of their next owner."""
@@ -85,8 +101,7 @@ class PagedRows:
         """Store one layer's new vectors (B, T, cache_width); return all of the rows' so far, (B, S, cache_width)."""
         held = self._cache.layers[layer]  # (blocks, block_size, cache_width)
         held.view(-1, held.shape[-1])[self._places] = vectors.flatten(0, 1).to(held.dtype)
-        read = held.index_select(0, self._table.flatten())
-        return read.view(len(self._table), -1, held.shape[-1])  # (B, S, cache_width)
+        return self._cache.gather(layer, self._table)  # (B, S, cache_width)
 
     def finish(self) -> None:
         """Do nothing: whoever gave the starts counts the tokens."""
