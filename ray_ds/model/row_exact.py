@@ -6,8 +6,6 @@ order of positions: a tile that a row does not look at adds exact zeros. `row_ti
 of integers need no such care (`quantize.scheme`), and what else a decoder does is done to each row by itself.
 """
 
-from collections.abc import Iterable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -36,47 +34,31 @@ def attend_by_tiles(q: Tensor, keys: Tensor, values: Tensor, scale: float, mask:
         mask: (B, 1, T, S), True where a token may look.
     """
     rows, length, groups = q.shape[:3]
-    q = q * scale
-    if length == 1:
-        out = _attend(
-            q.flatten(0, 2),
-            (tile.flatten(0, 1).contiguous() for tile in torch.split(keys, KEY_TILE, dim=2)),
-            (tile.flatten(0, 1).contiguous() for tile in torch.split(values, KEY_TILE, dim=2)),
-            mask.expand(-1, groups, -1, -1).flatten(0, 1),  # (B * G, 1, S)
-        )
-        return out.view(rows, 1, groups, *out.shape[1:])
-    assert rows == 1, "several tokens of several sequences"
-    mask = mask[0, 0, :, None]  # (T, 1, S)
+    assert 1 in (rows, length), "several tokens of several sequences"
+    items = rows * length
+    q = (q * scale).flatten(0, 1)  # (I, G, M, W)
+    own_mask = mask[:, 0].flatten(0, 1)[:, None]  # (I, 1, S)
     outs = [
-        _attend(q[0, :, group], _shared_tiles(keys[0, group], length), _shared_tiles(values[0, group], length), mask)
-        for group in range(groups)
+        _attend(q[:, g], keys[:, g].expand(items, -1, -1), values[:, g].expand(items, -1, -1), own_mask)
+        for g in range(groups)
     ]
-    return torch.stack(outs, dim=1)[None]
+    return torch.stack(outs, dim=1).view(rows, length, groups, *outs[0].shape[1:])
 
 
-def _shared_tiles(x: Tensor, count: int) -> Iterable[Tensor]:
-    """Yield tiles of keys or values (S, W) as (count, tile, W), the same for all."""
-    return (tile.contiguous().expand(count, -1, -1) for tile in torch.split(x, KEY_TILE))
-
-
-def _attend(q: Tensor, keys: Iterable[Tensor], values: Iterable[Tensor], mask: Tensor) -> Tensor:
-    """Return what the queries (I, M, W) gather, (I, M, V).
+def _attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+    """Return what the queries (I, M, W) gather from keys (I, S, W) and values (I, S, V): (I, M, V).
 
     All products are of (M, W) with (W, tile) and of (M, tile) with (tile, V). Sums run over a tile, then over tiles
     from the first position on.
-
-    Args:
-        keys, values: tiles of (I, tile, W) and (I, tile, V), used one by one, so that they can be made so.
-        mask: (I, 1, S).
     """
-    scores = torch.cat([torch.bmm(q, tile.transpose(1, 2)) for tile in keys], dim=-1).float()
+    scores = torch.cat([torch.bmm(q, tile.mT) for tile in torch.split(keys, KEY_TILE, dim=1)], dim=-1).float()
     scores.masked_fill_(~mask, float("-inf"))  # (I, M, S)
     weights = scores.sub_(scores.amax(dim=-1, keepdim=True)).exp_()
     # A cumulative sum adds one number after the other, however many follow.
     totals = torch.unflatten(weights, -1, (-1, KEY_TILE)).sum(dim=-1).cumsum(dim=-1)[..., -1:]  # (I, M, 1)
     parts = torch.split(weights.to(q.dtype), KEY_TILE, dim=-1)
-    out: Tensor | None = None
-    for part, value in zip(parts, values, strict=True):
-        out = torch.bmm(part, value) if out is None else torch.baddbmm(out, part, value)
-    assert out is not None, "no keys"
+    tiles = torch.split(values, KEY_TILE, dim=1)
+    out = torch.bmm(parts[0], tiles[0])
+    for part, tile in zip(parts[1:], tiles[1:], strict=True):
+        out = torch.baddbmm(out, part, tile)
     return (out / totals).to(q.dtype)
