@@ -20,15 +20,13 @@ from ray_ds.artifacts import Artifact, Checkpoint, QuantizedModel, open_artifact
 from ray_ds.chat.encoding import ChatEncoder
 from ray_ds.chat.template import TEMPLATE_FILE, ChatTemplate
 from ray_ds.config.serve import AutoscalingSettings, ServeSettings
-from ray_ds.errors import ArtifactError, ConfigError
+from ray_ds.errors import ArtifactError
 from ray_ds.logs import log_event, setup_logging
-from ray_ds.model.decoder import Decoder
 from ray_ds.model.local_folder import local_model_folder
-from ray_ds.serve.engine import Engine
+from ray_ds.serve.build import build_engine
 from ray_ds.serve.http.app import build_app
 from ray_ds.serve.http.service import CompletionService, ModelCard
 from ray_ds.serve.load import load_served_model
-from ray_ds.serve.paged_decoder import PagedDecoder
 from ray_ds.tokenizer import BpeTokenizer, load_tokenizer
 
 HEALTH_REQUESTS = 16
@@ -96,38 +94,6 @@ class ModelReplica:
         """End the engine, after Serve has waited for the open requests."""
         if hasattr(self, "_engine"):
             self._engine.close()
-
-
-def build_engine(decoder: Decoder, tokenizer: BpeTokenizer, settings: ServeSettings) -> Engine:
-    """Return an engine, not started, with the cache that the settings ask for.
-
-    Raises:
-        ConfigError: the cache cannot hold the model's longest request.
-    """
-    max_len = settings.max_model_len or decoder.config.max_position_embeddings
-    block_size = settings.cache_block_tokens
-    blocks_per_request = -(-max_len // block_size)
-    if settings.cache_tokens is None:
-        num_blocks = settings.max_running_requests * blocks_per_request
-    else:
-        num_blocks = settings.cache_tokens // block_size
-    if num_blocks < blocks_per_request:
-        allowed = f"must be at least {blocks_per_request * block_size}, one request of {max_len} tokens in whole blocks"
-        raise ConfigError("cache_tokens", settings.cache_tokens, allowed, "raise it, or lower max_model_len")
-    assert settings.exactness is not None, "filled in by the settings"
-    model = PagedDecoder(
-        decoder, num_blocks=num_blocks, block_size=block_size, max_len=max_len, exactness=settings.exactness
-    )
-    return Engine(
-        model,
-        tokenizer,
-        max_running=settings.max_running_requests,
-        max_queued=settings.max_queued_requests,
-        max_queued_tokens=settings.max_queued_tokens,
-        step_tokens=settings.step_tokens,
-        cuts_anywhere=settings.exactness != "batch",
-        reuses_prefixes=settings.reuse_prefixes,
-    )
 
 
 def _load_chat(folder: Path, tokenizer: BpeTokenizer) -> ChatEncoder | None:
