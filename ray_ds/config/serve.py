@@ -10,6 +10,9 @@ from ray_ds.errors import ConfigError
 SCALING_DEFAULTS = {"target_ongoing_requests": 4.0, "upscale_delay_s": 5.0, "downscale_delay_s": 60.0}
 """What is in force where `max_replicas` is above `min_replicas`."""
 
+Exactness = Literal["none", "batch", "schedule"]
+"""What an answer's bits do not depend on; see `ServeSettings.exactness`."""
+
 
 @settings
 class AutoscalingSettings:
@@ -57,9 +60,25 @@ class ServeSettings:
     max_model_len: Annotated[int, Field(ge=2)] | None = None
     """Most tokens of prompt and answer together; None = as many as the model was made for."""
     max_running_requests: Annotated[int, Field(ge=1)] = 8
-    """Answers a replica writes at the same time; each reserves the cache of `max_model_len` tokens."""
+    """Answers a replica writes at the same time."""
     max_queued_requests: Annotated[int, Field(ge=0)] = 64
     """Requests that may wait at a replica; more are refused with 429."""
+    max_queued_tokens: Annotated[int, Field(ge=1)] | None = None
+    """Prompt tokens that may wait at a replica; a request that finds none is always taken. None = any number."""
+    cache_tokens: Annotated[int, Field(ge=1)] | None = None
+    """Tokens the cache has room for, at least `max_model_len`; when it is full, the youngest answer stops and is read
+    again later. None = max_running_requests * max_model_len, so that none ever has to."""
+    cache_block_tokens: Literal[16, 32, 64] = 32
+    """Tokens of a block of the cache: what answers reserve and share."""
+    reuse_prefixes: bool = True
+    """Whether a prompt that begins as one before it takes what is still in the cache."""
+    step_tokens: Annotated[int, Field(ge=16)] = 512
+    """Tokens that a step computes, about; longer prompts are read in parts, so that they delay other answers little."""
+    exactness: Exactness | None = None
+    """What tokens and log-probabilities do not depend on, to the last bit. `schedule`: on nothing but the request, its
+    seed and the threads. `batch`: not on what else is answered, but on whether a prefix was in the cache or an answer
+    had to stop; prompts are read faster. `none`: the fastest kernels, whose last bits depend on the batch. Absent =
+    `schedule` on a CPU, `none` on a GPU."""
     max_body_bytes: Annotated[int, Field(ge=1024)] = 1_000_000
     """Longest body of a request."""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -78,7 +97,11 @@ class ServeSettings:
     """What the endpoint is asked before it counts as served."""
 
     def __post_init__(self) -> None:
-        """Refuse an endpoint that is open to the network without a key."""
+        """Refuse an endpoint that is open to the network without a key, and a cache that a request cannot fit in."""
+        fill_or_refuse(self, "exactness", "none" if self.gpus_per_replica else "schedule", unused=None)
+        if self.cache_tokens is not None and self.max_model_len is not None and self.cache_tokens < self.max_model_len:
+            allowed = f"must be at least max_model_len ({self.max_model_len}), or the longest request cannot run"
+            raise ConfigError("cache_tokens", self.cache_tokens, allowed, "raise it, or lower max_model_len")
         if self.host not in ("127.0.0.1", "localhost", "::1") and self.api_key_env is None:
             allowed = "must be 127.0.0.1 while there is no api_key_env: anyone on the network could use the model"
             raise ConfigError("host", self.host, allowed, "set api_key_env, or listen on 127.0.0.1")

@@ -1,11 +1,31 @@
-"""The cache that decoding reads: one slot a sequence, one vector a token and layer."""
+"""What decoding reads: one vector a token and layer, here in one slot a sequence; `paged_cache.py` has blocks."""
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ray_ds.config.model import ModelConfig
+
+
+class CacheRows(Protocol):
+    """Some sequences of a cache, as the rows of one forward pass."""
+
+    positions: Tensor
+    """(B, T), of the new tokens."""
+    mask: Tensor
+    """(B, 1, T, S), True where a new token may look."""
+    is_decode: bool
+    """Whether each row adds one token, so that latent attention may read the vectors as they are."""
+    is_row_exact: bool
+    """Whether a row's bits may depend on nothing but the row: attention as in `row_exact.py`."""
+
+    def update(self, layer: int, vectors: Tensor) -> Tensor:
+        """Store one layer's new vectors (B, T, cache_width); return all of the rows' so far, (B, S, cache_width)."""
+
+    def finish(self) -> None:
+        """Count the new tokens as held, once every layer has stored them."""
 
 
 class SlotCache:
@@ -39,7 +59,7 @@ class SlotCache:
         self.lengths = [0] * num_slots
         """Tokens held, by slot."""
 
-    def rows(self, slots: Sequence[int], num_tokens: Sequence[int]) -> "CacheRows":
+    def rows(self, slots: Sequence[int], num_tokens: Sequence[int]) -> "SlotRows":
         """Return the slots that the rows of one forward pass extend.
 
         Args:
@@ -47,15 +67,17 @@ class SlotCache:
             num_tokens: how many tokens row i adds. Rows that add fewer than the longest are padded at their end, with
                 any token; their outputs there mean nothing.
         """
-        return CacheRows(self, slots, num_tokens)
+        return SlotRows(self, slots, num_tokens)
 
     def clear(self, slot: int) -> None:
         """Forget the sequence in `slot`."""
         self.lengths[slot] = 0
 
 
-class CacheRows:
-    """Some slots of a cache, as the rows of one forward pass."""
+class SlotRows:
+    """Some slots of a cache, as `CacheRows`."""
+
+    is_row_exact = False
 
     def __init__(self, cache: SlotCache, slots: Sequence[int], num_tokens: Sequence[int]) -> None:
         assert len(set(slots)) == len(slots) == len(num_tokens), "each row needs a slot of its own"
@@ -65,7 +87,6 @@ class CacheRows:
         self.cache = cache
         self.num_tokens = dict(zip(slots, num_tokens, strict=True))
         self.is_decode = max(num_tokens) == 1
-        """Whether each row adds one token, so that latent attention may read the vectors as they are."""
         self.span = max(start + new for start, new in zip(starts, num_tokens, strict=True))
         """S: cached tokens that the longest row looks at."""
         self.slots = torch.tensor(slots, device=device)[:, None]  # (B, 1)

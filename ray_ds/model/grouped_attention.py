@@ -8,6 +8,7 @@ from ray_ds.model.attention import Attend, Mask, attend
 from ray_ds.model.caches import CacheRows
 from ray_ds.model.layers import RMSNorm
 from ray_ds.model.rotary import Rotary, rotate_halves, score_scale
+from ray_ds.model.row_exact import attend_by_tiles
 
 
 class GroupedAttention(nn.Module):
@@ -46,9 +47,19 @@ class GroupedAttention(nn.Module):
         if cache is not None:
             held = cache.update(self.layer, torch.cat((k, v), dim=-2).flatten(-2))  # (B, S, 2 * G * head_dim)
             k, v = self._heads(held).chunk(2, dim=-2)  # (B, S, G, head_dim) each
+            if cache.is_row_exact:
+                return self._attend_row_exact(q, k, v, cache.mask)
         q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))  # (B, H, T, head_dim), (B, G, S, head_dim)
         out = self.attend(q, k, v, self.scale, mask, self.kernels)  # (B, H, T, head_dim)
         projected: Tensor = self.o_proj(out.transpose(1, 2).flatten(-2))  # (B, T, D)
+        return projected
+
+    def _attend_row_exact(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        """Return `forward`'s result with each row's own bits, from (B, T, H, head_dim) and (B, S, G, head_dim)."""
+        k, v = k.transpose(1, 2), v.transpose(1, 2)  # (B, G, S, head_dim)
+        q = torch.unflatten(q, 2, (k.shape[1], -1))  # (B, T, G, H / G, head_dim)
+        out = attend_by_tiles(q, k, v, self.scale, mask)  # (B, T, G, H / G, head_dim)
+        projected: Tensor = self.o_proj(out.flatten(2))  # (B, T, D)
         return projected
 
     def _heads(self, x: Tensor) -> Tensor:

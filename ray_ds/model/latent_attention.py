@@ -8,6 +8,7 @@ from ray_ds.model.attention import Attend, Mask, attend
 from ray_ds.model.caches import CacheRows
 from ray_ds.model.layers import RMSNorm
 from ray_ds.model.rotary import Rotary, rotate, score_scale
+from ray_ds.model.row_exact import attend_by_tiles, multiply_heads
 
 LATENT_NORM_EPS = 1e-6
 """Of the norms of latents, whatever `rms_norm_eps`, as in DeepSeek's and Hugging Face's code."""
@@ -58,8 +59,11 @@ class LatentAttention(nn.Module):
             out = self._attend_expanded(q_nope, q_rope, latents, mask)
         else:
             latents = cache.update(self.layer, latents)  # (B, S, R + qk_rope_head_dim)
-            gather = self._attend_absorbed if cache.is_decode else self._attend_expanded
-            out = gather(q_nope, q_rope, latents, mask)
+            if cache.is_row_exact:
+                out = self._attend_row_exact(q_nope, q_rope, latents, cache.mask)
+            else:
+                gather = self._attend_absorbed if cache.is_decode else self._attend_expanded
+                out = gather(q_nope, q_rope, latents, mask)
         projected: Tensor = self.o_proj(out.flatten(-2))  # (B, T, D)
         return projected
 
@@ -98,10 +102,23 @@ class LatentAttention(nn.Module):
         All heads share the latents, so a row's heads are the queries of one attention whose keys and values are the
         cached vectors as they lie.
         """
-        weight = torch.unflatten(self.kv_b_proj.weight, 0, (self.num_heads, -1))  # (H, nope + v, R)
-        w_key, w_value = torch.split(weight, [self.qk_nope_head_dim, self.v_head_dim], dim=1)
+        w_key, w_value = self._head_weights()
         q_latent = torch.einsum("bthn,hnr->bthr", q_nope, w_key)  # (B, T, H, R)
         q = torch.cat((q_latent, q_rope), dim=-1)  # (B, T=1, H, R + qk_rope_head_dim)
         keys = latents[:, None]  # (B, 1, S, R + qk_rope_head_dim)
         out = attend(q, keys, keys, self.scale, mask, self.kernels)  # (B, 1, H, R + qk_rope_head_dim)
         return torch.einsum("bthr,hvr->bthv", out[..., : self.kv_lora_rank], w_value)  # (B, T, H, v_head_dim)
+
+    def _attend_row_exact(self, q_nope: Tensor, q_rope: Tensor, latents: Tensor, mask: Tensor) -> Tensor:
+        """Attend as `_attend_absorbed` does, for any number of queries and with each row's own bits."""
+        w_key, w_value = self._head_weights()
+        q = torch.cat((multiply_heads(q_nope, w_key), q_rope), dim=-1)  # (B, T, H, R + qk_rope_head_dim)
+        keys = latents[:, None]  # (B, 1, S, R + qk_rope_head_dim)
+        out = attend_by_tiles(q[:, :, None], keys, keys[..., : self.kv_lora_rank], self.scale, mask)
+        return multiply_heads(out[:, :, 0], w_value.transpose(1, 2))  # (B, T, H, v_head_dim)
+
+    def _head_weights(self) -> tuple[Tensor, Tensor]:
+        """Return what makes keys and values of latents: (H, qk_nope_head_dim, R) and (H, v_head_dim, R)."""
+        weight = torch.unflatten(self.kv_b_proj.weight, 0, (self.num_heads, -1))  # (H, nope + v, R)
+        w_key, w_value = torch.split(weight, [self.qk_nope_head_dim, self.v_head_dim], dim=1)
+        return w_key, w_value

@@ -23,11 +23,10 @@ from ray_ds.config.serve import AutoscalingSettings, ServeSettings
 from ray_ds.errors import ArtifactError
 from ray_ds.logs import log_event, setup_logging
 from ray_ds.model.local_folder import local_model_folder
-from ray_ds.serve.engine import Engine
+from ray_ds.serve.build import build_engine
 from ray_ds.serve.http.app import build_app
 from ray_ds.serve.http.service import CompletionService, ModelCard
 from ray_ds.serve.load import load_served_model
-from ray_ds.serve.slot_decoder import SlotDecoder
 from ray_ds.tokenizer import BpeTokenizer, load_tokenizer
 
 HEALTH_REQUESTS = 16
@@ -56,10 +55,8 @@ class ModelReplica:
         dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
         is_quantized = isinstance(artifact, QuantizedModel)
         model = load_served_model(folder, is_quantized=is_quantized, device=device, dtype=dtype)
-        max_len = settings.max_model_len or model.decoder.config.max_position_embeddings
-        slots = SlotDecoder(model.decoder, num_slots=settings.max_running_requests, max_len=max_len)
         tokenizer = load_tokenizer(str(folder / "tokenizer.json"))
-        self._engine = Engine(slots, tokenizer, max_queued=settings.max_queued_requests)
+        self._engine = build_engine(model.decoder, tokenizer, settings)
         card = ModelCard(
             model_id=settings.model_id,
             digest=digest,

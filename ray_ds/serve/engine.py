@@ -1,54 +1,42 @@
-"""Continuous batching: one thread owns the model and answers many requests at once, a token each a step."""
+"""The engine's thread: it alone touches the model; others hand it requests and take their events."""
 
 import logging
 import threading
 from collections.abc import Sequence
-from typing import Protocol
+from dataclasses import replace
+from typing import Literal
 
-import torch
-from torch import Tensor
+from ray_ds.serve.answer import Answer
+from ray_ds.serve.core import BlockModel, EngineCore
+from ray_ds.serve.core import TokenTable as TokenTable
+from ray_ds.serve.requests import EmbeddingRequest, Emit, EngineStats, Event, Failure, Request
 
-from ray_ds.serve.requests import Emit, EngineStats, Failure, FinishReason, GenerationRequest, Piece, TokenLogprobs
-from ray_ds.serve.sampler import draw_tokens, token_logprobs
-from ray_ds.serve.scheduler import RunningAnswer, Scheduler
-
-PREFILL_TOKENS = 512
-"""Prompt tokens a step reads at most of one prompt, so that a long prompt delays running answers by little.
-
-Where a prompt is cut depends on the prompt alone, never on what else runs."""
+STEP_TOKENS = 512
+"""Tokens that a step computes, about, so that a long prompt delays running answers by little."""
+UNKNOWN_RETRY_S = 1.0
+"""What a refused client is told to wait while nothing was measured yet."""
 
 logger = logging.getLogger(__name__)
 
 
-class SlotModel(Protocol):
-    """A decoder with a cache of `num_slots` sequences of at most `max_len` tokens."""
-
-    num_slots: int
-    max_len: int
-
-    def prefill(self, slot: int, tokens: Sequence[int]) -> Tensor:
-        """Add tokens to the sequence in `slot`; return the logits (V,) that follow the last one."""
-
-    def decode(self, slots: Sequence[int], tokens: Sequence[int]) -> Tensor:
-        """Add one token to each sequence; return the logits (B, V) that follow."""
-
-    def clear(self, slot: int) -> None:
-        """Forget the sequence in `slot`."""
-
-
-class TokenTable(Protocol):
-    """What the engine asks of a tokenizer."""
-
-    vocab_size: int
-    stop_ids: frozenset[int]
-    """End an answer."""
-
-    def token_bytes(self, token_id: int) -> bytes:
-        """Return the bytes one id stands for."""
-
-
 class QueueFullError(Exception):
-    """The engine has as many requests as it may hold."""
+    """The engine has as much to do as it may hold."""
+
+    def __init__(self, reason: Literal["requests", "tokens"], retry_after_s: float) -> None:
+        """Say what is too much.
+
+        Args:
+            reason: `requests`, there would be more than `max_open`; `tokens`, more prompt tokens would wait than
+                `max_queued_tokens`.
+            retry_after_s: when there should be room, by the speed of the last seconds.
+        """
+        super().__init__(f"too many {reason} wait; there should be room in {retry_after_s:.1f} s")
+        self.reason = reason
+        self.retry_after_s = retry_after_s
+
+
+class RequestTooLongError(ValueError):
+    """A request that the cache could never hold."""
 
 
 class EngineStoppedError(Exception):
@@ -56,25 +44,48 @@ class EngineStoppedError(Exception):
 
 
 class Engine:
-    """Answers requests on a thread of its own, which alone touches the model's tensors."""
+    """Answers requests on a thread of its own."""
 
-    def __init__(self, model: SlotModel, tokenizer: TokenTable, *, max_queued: int) -> None:
+    def __init__(
+        self,
+        model: BlockModel,
+        tokenizer: TokenTable,
+        *,
+        max_running: int,
+        max_queued: int,
+        max_queued_tokens: int | None = None,
+        step_tokens: int = STEP_TOKENS,
+        cuts_anywhere: bool = True,
+        reuses_prefixes: bool = True,
+    ) -> None:
         """Prepare; `start` starts.
 
         Args:
-            max_queued: requests that may wait for a slot.
+            max_running: answers that are written at a time.
+            max_queued: requests that may wait beside them.
+            max_queued_tokens: prompt tokens that may be still to compute when another request is taken; None = any
+                number. A request that finds none is always taken.
+            step_tokens, cuts_anywhere: as in `Scheduler`.
+            reuses_prefixes: whether the cache is searched for the beginnings of prompts.
         """
-        self.max_model_len = model.max_len
-        self.max_open = model.num_slots + max_queued
+        self.max_model_len = min(model.max_len, model.num_blocks * model.block_size)
+        """Tokens of the longest request, prompt and answer."""
+        self.max_open = max_running + max_queued
         """Requests it holds at most, running or waiting."""
-        self._model = model
-        self._tokenizer = tokenizer
-        self._scheduler = Scheduler(model.num_slots)
+        self._max_queued_tokens = max_queued_tokens
+        self._core = EngineCore(
+            model,
+            tokenizer,
+            self._end,
+            max_running=max_running,
+            step_tokens=step_tokens,
+            cuts_anywhere=cuts_anywhere,
+            reuses_prefixes=reuses_prefixes,
+        )
         self._wake = threading.Condition()
-        self._inbox: list[RunningAnswer] = []
+        self._inbox: list[Answer] = []
         self._num_open = 0
-        self._num_steps = 0
-        self._num_tokens = 0
+        self._count()
         self._stopped: str | None = None
         self._is_closing = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -98,152 +109,124 @@ class Engine:
 
     @property
     def stats(self) -> EngineStats:
-        """What the engine is doing now."""
+        """What the engine is doing, as of the last step's end, and who came since."""
         with self._wake:
-            running = len(self._scheduler.running)
-            return EngineStats(
-                num_running=running,
-                num_waiting=self._num_open - running,
-                num_waiting_tokens=0,
-                num_cached_tokens=0,
-                num_cache_tokens=self._model.num_slots * self.max_model_len,
-                prefill_tokens_per_s=0.0,
-                decode_tokens_per_s=0.0,
-                num_steps=self._num_steps,
-                num_tokens=self._num_tokens,
-                num_prompt_tokens=0,
-                num_prefix_hits=0,
-                num_preemptions=0,
+            new = sum(answer.num_prompt for answer in self._inbox)
+            return replace(
+                self._stats,
+                num_waiting=self._stats.num_waiting + len(self._inbox),
+                num_waiting_tokens=self._stats.num_waiting_tokens + new,
             )
 
-    def submit(self, requests: Sequence[tuple[GenerationRequest, Emit]]) -> list[RunningAnswer]:
+    def submit(self, requests: Sequence[tuple[Request, Emit]]) -> list[Answer]:
         """Take all of the requests or none; return what `cancel` wants.
 
         Raises:
+            RequestTooLongError: one is longer than `max_model_len`.
             QueueFullError: they are more than the queue has room for.
             EngineStoppedError: the engine has stopped.
         """
-        answers = [RunningAnswer(request, emit) for request, emit in requests]
+        for request, _ in requests:
+            self._check_length(request)
+        answers = [Answer(request, emit) for request, emit in requests]
         with self._wake:
             if self._stopped is not None or self._is_closing:
                 raise EngineStoppedError(self._stopped or "the engine is shutting down")
-            if self._num_open + len(answers) > self.max_open:
-                raise QueueFullError
+            self._check_room(answers)
             self._num_open += len(answers)
             self._inbox += answers
             self._wake.notify()
         return answers
 
-    def cancel(self, answers: Sequence[RunningAnswer]) -> None:
-        """Drop answers nobody waits for; their slots are free before the next step. Finished ones are left alone."""
+    def cancel(self, answers: Sequence[Answer]) -> None:
+        """Drop answers nobody waits for; their blocks are free before the next step. Finished ones are left alone."""
         with self._wake:
             for answer in answers:
                 answer.is_cancelled = True
             self._wake.notify()
+
+    def _check_length(self, request: Request) -> None:
+        """Refuse what would wait for ever."""
+        max_tokens = 0 if isinstance(request, EmbeddingRequest) else request.params.max_tokens
+        if not 0 < len(request.prompt) <= self.max_model_len - max_tokens:
+            raise RequestTooLongError(
+                f"prompt ({len(request.prompt)} tokens) and max_tokens ({max_tokens}) must be at least 1 token and at "
+                f"most max_model_len ({self.max_model_len}) together; shorten the prompt or lower max_tokens"
+            )
+
+    def _check_room(self, answers: Sequence[Answer]) -> None:
+        """Refuse what the queue has no room for. Call with the lock held."""
+        excess = self._num_open + len(answers) - self.max_open
+        if excess > 0:
+            raise QueueFullError("requests", excess * self._time_between_ends())
+        waiting = self._stats.num_waiting_tokens + sum(answer.num_prompt for answer in self._inbox)
+        if self._max_queued_tokens is not None and waiting > 0:
+            excess = waiting + sum(answer.num_prompt for answer in answers) - self._max_queued_tokens
+            if excess > 0:
+                speed = self._stats.prefill_tokens_per_s
+                raise QueueFullError("tokens", excess / speed if speed else UNKNOWN_RETRY_S)
+
+    def _time_between_ends(self) -> float:
+        """Return the seconds after which one more answer should have ended, if all are as long as they may be."""
+        stats = self._stats
+        num_answers = stats.num_running + stats.num_waiting
+        if not (num_answers and stats.prefill_tokens_per_s and stats.decode_tokens_per_s):
+            return UNKNOWN_RETRY_S
+        to_read = stats.num_waiting_tokens / stats.prefill_tokens_per_s
+        return (to_read + self._num_unwritten / stats.decode_tokens_per_s) / num_answers
+
+    def _count(self) -> None:
+        """Note what the engine is doing. Call with the lock held, on the engine's thread or before it starts."""
+        core, scheduler = self._core, self._core.scheduler
+        answers = [*scheduler.running, *scheduler.waiting]
+        self._num_unwritten = sum(own.params.max_tokens - own.num_sampled for own in answers if own.params)
+        self._stats = EngineStats(
+            num_running=len(scheduler.running),
+            num_waiting=len(scheduler.waiting),
+            num_waiting_tokens=sum(answer.num_prompt_missing for answer in answers),
+            num_cached_tokens=sum(answer.num_computed for answer in scheduler.running),
+            num_cache_tokens=core.pool.num_blocks * core.pool.block_size,
+            prefill_tokens_per_s=core.reading.per_s,
+            decode_tokens_per_s=core.writing.per_s,
+            num_steps=core.num_steps,
+            num_tokens=core.num_tokens,
+            num_prompt_tokens=scheduler.num_prompt_tokens,
+            num_prefix_hits=scheduler.num_prefix_hits,
+            num_preemptions=scheduler.num_preemptions,
+        )
 
     def _run(self) -> None:
         """Step while there is work, wait while there is none."""
         reason = "the engine was shut down"
         try:
             while self._receive():
-                self._step()
+                self._core.step()
         except Exception as error:  # whatever it is, it must reach those who wait: this is the thread's last frame
             logger.exception("engine failed")
             reason = f"the engine failed: {type(error).__name__}: {error}"
         with self._wake:
             self._stopped = reason
-            answers = [*self._scheduler.running, *self._scheduler.waiting, *self._inbox]
+            answers = [*self._core.scheduler.running, *self._core.scheduler.waiting, *self._inbox]
         for answer in answers:
             answer.emit(Failure(message=reason))
 
     def _receive(self) -> bool:
         """Wait for work and take it in; return False when the engine is to end."""
+        scheduler = self._core.scheduler
         with self._wake:
+            self._count()
             self._wake.wait_for(lambda: self._is_closing or self._inbox or self._num_open)
-            self._scheduler.add(self._inbox)
+            scheduler.add(self._inbox)
             self._inbox = []
-            for answer in [*self._scheduler.running, *self._scheduler.waiting]:
+            for answer in [*scheduler.running, *scheduler.waiting]:
                 if answer.is_cancelled:
-                    self._release(answer)
-            self._scheduler.admit()
+                    scheduler.release(answer)
+                    self._num_open -= 1
+            self._count()
             return not self._is_closing
 
-    def _release(self, answer: RunningAnswer) -> None:
-        """Give an answer's place to others. Call with the lock held."""
-        if answer.slot >= 0:
-            self._model.clear(answer.slot)
-        self._scheduler.release(answer)
-        self._num_open -= 1
-
-    @torch.inference_mode()
-    def _step(self) -> None:
-        """Read a part of new prompts, then give every answer whose prompt is read its next token."""
-        decoding = [answer for answer in self._scheduler.running if answer.is_prefilled]
-        self._prefill([answer for answer in self._scheduler.running if not answer.is_prefilled])
-        if decoding:
-            slots = [answer.slot for answer in decoding]
-            logits = self._model.decode(slots, [answer.last_token for answer in decoding])  # (B, V)
-            self._advance(decoding, logits)
-        self._num_steps += 1
-
-    def _prefill(self, answers: Sequence[RunningAnswer]) -> None:
-        """Read prompts in order until about `PREFILL_TOKENS` are read."""
-        budget = PREFILL_TOKENS
-        for answer in answers:
-            while budget > 0 and not answer.is_prefilled:
-                start = answer.num_prefilled
-                tokens = answer.request.prompt[start : start + PREFILL_TOKENS]
-                logits = self._model.prefill(answer.slot, tokens)  # (V,)
-                answer.num_prefilled += len(tokens)
-                budget -= len(tokens)
-                if answer.is_prefilled:
-                    self._advance([answer], logits[None])
-
-    def _advance(self, answers: Sequence[RunningAnswer], logits: Tensor) -> None:
-        """Sample one token for each row of `logits` (B, V) and send what it makes certain."""
-        # A model may have more rows than its tokenizer has tokens; those were never trained.
-        logits = logits[:, : self._tokenizer.vocab_size]
-        is_finite = logits.isfinite().all(dim=-1).tolist()
-        params = [answer.request.params for answer in answers]
-        tokens = draw_tokens(logits, params, [answer.random.random() for answer in answers])
-        for row, answer in enumerate(answers):
-            if is_finite[row]:
-                self._send(answer, tokens[row], logits[row])
-            else:
-                self._end(answer, Failure(message="the model gave logits that are not finite numbers"))
-
-    def _send(self, answer: RunningAnswer, token: int, logits: Tensor) -> None:
-        """Append a token to an answer; end it where a rule says so."""
-        params = answer.request.params
-        answer.last_token = token
-        answer.num_sampled += 1
-        answer.num_unsent += 1
-        self._num_tokens += 1
-        reason: FinishReason | None = None
-        text = ""
-        if token in self._tokenizer.stop_ids:
-            reason = "stop"
-        else:
-            if params.logprobs is not None:
-                logprob, top = token_logprobs(logits, token, params.logprobs)
-                offset = answer.text.num_chars
-                answer.unsent_logprobs.append(TokenLogprobs(token=token, logprob=logprob, top=top, text_offset=offset))
-            text = answer.text.push(self._tokenizer.token_bytes(token))
-            if answer.text.is_stopped:
-                reason = "stop"
-            elif answer.num_sampled == params.max_tokens:
-                reason = "length"
-        if reason is not None:
-            text += answer.text.finish()
-        if text or reason is not None:
-            piece = answer.take_piece(text, reason)
-            if reason is None:
-                answer.emit(piece)
-            else:
-                self._end(answer, piece)
-
-    def _end(self, answer: RunningAnswer, last: Piece | Failure) -> None:
-        """Free an answer's slot, then send its last event."""
+    def _end(self, answer: Answer, last: Event) -> None:
+        """Count an answer as ended, its blocks being free, and send its last event."""
         with self._wake:
-            self._release(answer)
+            self._num_open -= 1
         answer.emit(last)

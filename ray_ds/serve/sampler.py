@@ -15,7 +15,7 @@ def draw_tokens(logits: Tensor, params: Sequence[SamplingParams], draws: Sequenc
     so that rounding in the logits moves the borders a little and never reorders them.
 
     Args:
-        logits: (B, V), finite.
+        logits: (B, V), -inf where a token may not come, which leaves one at least.
         draws: a number in [0, 1) a row; unused where the temperature is 0.
     """
     tokens = logits.argmax(dim=-1)  # (B,)
@@ -40,7 +40,17 @@ def _temper(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
 
 
 def _keep_likely(probabilities: Tensor, params: Sequence[SamplingParams]) -> Tensor:
-    """Return the probabilities (B, V) with those that top_k and top_p leave out set to 0; not made to sum to 1."""
+    """Return the probabilities (B, V), 0 where top_k, top_p or min_p leave a token out; not made to sum to 1."""
+    kept = _keep_top(probabilities, params)
+    if all(own.min_p <= 0 for own in params):
+        return kept
+    min_p = torch.tensor([own.min_p for own in params], dtype=torch.float64, device=probabilities.device)
+    # No rule leaves the likeliest token out, so its probability before them all is the measure.
+    return kept * (probabilities >= min_p[:, None] * probabilities.amax(dim=-1, keepdim=True))
+
+
+def _keep_top(probabilities: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    """Return the probabilities (B, V), 0 where top_k or top_p leave a token out."""
     num_tokens = probabilities.shape[-1]
     if all(own.top_k is None and own.top_p >= 1 for own in params):
         return probabilities

@@ -20,22 +20,26 @@ class TextStream:
         self.is_stopped = False
         """Whether a stop string has ended the text."""
 
-    def push(self, data: bytes) -> str:
-        """Return the text that is now certain."""
-        return self._release(self._decoder.decode(data))
+    def push(self, data: bytes, *, may_stop: bool = True) -> str:
+        """Return the text that is now certain.
+
+        Args:
+            may_stop: whether a stop string that these bytes complete ends the text; otherwise it is text like other.
+        """
+        return self._release(self._decoder.decode(data), may_stop)
 
     def finish(self) -> str:
         """Return what is left at the end of the answer; the start of a cut character becomes U+FFFD."""
-        text = self._release(self._decoder.decode(b"", final=True))
+        text = self._release(self._decoder.decode(b"", final=True), may_stop=True)
         text, self._held = text + self._held, ""
         return text
 
-    def _release(self, new: str) -> str:
+    def _release(self, new: str, may_stop: bool) -> str:
         if self.is_stopped:
             return ""
         self.num_chars += len(new)
         text = self._held + new
-        ends = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
+        ends = [at for at in (text.find(stop) for stop in self._stop) if at >= 0] if may_stop else []
         if ends:
             self.is_stopped = True
             self._held = ""

@@ -29,6 +29,12 @@ def test_defaults_are_safe_and_every_field_is_explained() -> None:
             {"host": "0.0.0.0"},
             r"serve.host \(0.0.0.0\) must be 127.0.0.1 while there is no api_key_env.*set api_key_env",
         ),
+        (
+            {"cache_tokens": 100, "max_model_len": 128},
+            r"serve.cache_tokens \(100\) must be at least max_model_len \(128\).*; raise it, or lower max_model_len",
+        ),
+        ({"cache_block_tokens": 20}, r"serve.cache_block_tokens \(20\) must be 16, 32 or 64"),
+        ({"exactness": "all"}, r"serve.exactness \(all\) must be 'none', 'batch' or 'schedule'"),
         ({"port": 70000}, r"serve.port \(70000\) must be less than or equal to 65535"),
         ({"port": "8000"}, r"serve.port \(8000\) must be a valid integer"),
         ({"route_prefix": "v1/"}, r"serve.route_prefix \(v1/\) must"),
@@ -51,3 +57,9 @@ def test_only_what_does_not_change_the_endpoint_is_left_out_of_its_digest() -> N
 
 def test_an_open_address_with_a_key_is_allowed() -> None:
     assert decode(host="0.0.0.0", api_key_env="TEAM_KEY").host == "0.0.0.0"
+
+
+def test_answers_are_exact_on_a_cpu_and_fast_on_a_gpu_unless_told_otherwise() -> None:
+    assert decode().exactness == "schedule"
+    assert decode(gpus_per_replica=1.0).exactness == "none"
+    assert decode(gpus_per_replica=1.0, exactness="batch").exactness == "batch"

@@ -11,7 +11,7 @@ from ray_ds.artifacts import Checkpoint, open_artifact
 from ray_ds.exchange.export_folder import export_checkpoint
 from ray_ds.model.checkpoint_folder import load_checkpoint_folder, read_config
 from ray_ds.model.hugging_face.shapes import shapes_on_disk
-from ray_ds.serve.slot_decoder import SlotDecoder
+from ray_ds.serve.paged_decoder import PagedDecoder
 from ray_ds.stages.import_hf import import_alone
 from tests.exchange.hf_folders import CASES, make_folder, read_tensors
 
@@ -107,13 +107,16 @@ def test_an_imported_model_answers_as_in_transformers(case: str, tmp_path: Path)
     source = make_folder(tmp_path / "in", case)
     artifact = import_alone(str(source), str(tmp_path / "runs"))
     decoder = load_checkpoint_folder(Path(artifact.path("model")), dtype=torch.float32, device="cpu")
-    slots = SlotDecoder(decoder, num_slots=2, max_len=64)
+    model, blocks = PagedDecoder(decoder, num_blocks=8, block_size=16, max_len=64), [5, 2, 7]
     prompt = torch.randint(decoder.config.vocab_size, (1, 20), generator=torch.Generator().manual_seed(4))
     theirs = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
     wanted = theirs.generate(prompt, max_new_tokens=16, do_sample=False, eos_token_id=None, pad_token_id=0)
-    tokens = [int(slots.prefill(1, prompt[0].tolist()).argmax())]
-    while len(tokens) < 16:
-        tokens.append(int(slots.decode([1], tokens[-1:])[0].argmax()))
+    tokens = []
+    with torch.inference_mode():
+        hidden = model.read(blocks, 0, prompt[0].tolist())[-1:]
+        while len(tokens) < 16:
+            tokens.append(int(model.logits(hidden).argmax()))
+            hidden = model.write([blocks], [19 + len(tokens)], tokens[-1:])
     assert tokens == wanted[0, 20:].tolist()
 
 

@@ -35,42 +35,59 @@ class ByteTokenizer:
 
 
 class FakeModel:
-    """Follows a script where the prompt starts with one of its keys, otherwise gives logits from a hash."""
+    """Follows a script where the prompt starts with one of its keys, otherwise gives logits from a hash.
 
-    def __init__(self, num_slots: int = 4, max_len: int = 256) -> None:
-        self.num_slots = num_slots
+    Its hidden states are its logits. The cache is real, token by token, so that a block too few, one with two owners
+    or one freed too early changes what comes out.
+    """
+
+    def __init__(self, num_sequences: int = 4, max_len: int = 256, block_size: int = 16) -> None:
+        self.num_blocks = num_sequences * -(-max_len // block_size)
+        self.block_size = block_size
         self.max_len = max_len
-        self.sequences: dict[int, list[int]] = {}
+        self.cache = [[-1] * block_size for _ in range(self.num_blocks)]
         self.scripts: dict[tuple[int, ...], list[int]] = {}
         self.batch_sizes: list[int] = []
+        self.num_read = 0
         self.gate = threading.Event()
-        """Decoding waits while it is clear."""
+        """Writing waits while it is clear."""
         self.gate.set()
         self.breaks = False
+        self.spoils: int | None = None
+        """A token after which all is NaN."""
 
-    def prefill(self, slot: int, tokens: Sequence[int]) -> Tensor:
-        assert len(tokens) <= 512
-        self.sequences.setdefault(slot, []).extend(tokens)
-        return self._logits(slot)
+    def read(self, blocks: Sequence[int], start: int, tokens: Sequence[int]) -> Tensor:
+        self.num_read += len(tokens)
+        return torch.stack([self._add(blocks, start + i, token) for i, token in enumerate(tokens)])
 
-    def decode(self, slots: Sequence[int], tokens: Sequence[int]) -> Tensor:
+    def write(self, blocks: Sequence[Sequence[int]], starts: Sequence[int], tokens: Sequence[int]) -> Tensor:
         assert self.gate.wait(10)
         if self.breaks:
             raise RuntimeError("out of memory")
-        self.batch_sizes.append(len(slots))
-        for slot, token in zip(slots, tokens, strict=True):
-            self.sequences[slot].append(token)
-            assert len(self.sequences[slot]) <= self.max_len
-        return torch.stack([self._logits(slot) for slot in slots])
+        self.batch_sizes.append(len(blocks))
+        return torch.stack([self._add(*row) for row in zip(blocks, starts, tokens, strict=True)])
 
-    def clear(self, slot: int) -> None:
-        self.sequences.pop(slot, None)
+    def logits(self, hidden: Tensor) -> Tensor:
+        return hidden
 
-    def _logits(self, slot: int) -> Tensor:
-        sequence = self.sequences[slot]
+    def wipe(self, blocks: Sequence[int]) -> None:
+        for block in blocks:
+            self.cache[block] = [-1] * self.block_size
+
+    def _add(self, blocks: Sequence[int], at: int, token: int) -> Tensor:
+        assert at < self.max_len
+        self.cache[blocks[at // self.block_size]][at % self.block_size] = token
+        sequence = [self.cache[blocks[i // self.block_size]][i % self.block_size] for i in range(at + 1)]
+        return self.next_logits(sequence)
+
+    def next_logits(self, sequence: list[int]) -> Tensor:
+        """Return what follows a sequence."""
+        if self.spoils in sequence:
+            return torch.full((ByteTokenizer.vocab_size,), float("nan"))
         for prompt, script in self.scripts.items():
-            if tuple(sequence[: len(prompt)]) == prompt:
-                token = script[len(sequence) - len(prompt)]
+            at = len(sequence) - len(prompt)
+            if tuple(sequence[: len(prompt)]) == prompt and 0 <= at < len(script):
+                token = script[at]
                 return torch.nn.functional.one_hot(torch.tensor(token), ByteTokenizer.vocab_size) * 50.0
         seed = int.from_bytes(hashlib.sha256(repr(sequence).encode()).digest()[:7], "little")
         logits = torch.randn(ByteTokenizer.vocab_size, generator=torch.Generator().manual_seed(seed)) * 3
@@ -95,7 +112,7 @@ def tokenizer() -> ByteTokenizer:
 
 @pytest.fixture
 def engine(model: FakeModel, tokenizer: ByteTokenizer) -> Iterator[Engine]:
-    engine = Engine(model, tokenizer, max_queued=4)
+    engine = Engine(model, tokenizer, max_running=4, max_queued=4)
     engine.start()
     yield engine
     model.gate.set()

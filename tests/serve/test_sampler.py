@@ -83,3 +83,28 @@ def test_logprobs_are_those_of_the_untempered_distribution() -> None:
     assert logprob == pytest.approx(math.log(0.15), abs=1e-6)
     assert [token for token, _ in top] == [1, 3]
     assert [value for _, value in top] == pytest.approx([math.log(0.4), math.log(0.3)], abs=1e-6)
+
+
+@pytest.mark.parametrize("min_p", [0.05, 0.3, 0.76, 1.0])
+@pytest.mark.parametrize("top_p", [1.0, 0.8])
+def test_min_p_leaves_out_what_transformers_does(min_p: float, top_p: float) -> None:
+    from transformers import MinPLogitsWarper, TopPLogitsWarper
+
+    params = SamplingParams(max_tokens=1, temperature=0.9, top_p=top_p, min_p=min_p)
+    scores = LOGITS[None] / params.temperature
+    if top_p < 1:
+        scores = TopPLogitsWarper(top_p)(None, scores)
+    shares = MinPLogitsWarper(min_p)(None, scores).softmax(dim=-1)[0]
+    num_draws = 4000
+    draws = [(i + 0.5) / num_draws for i in range(num_draws)]
+    drawn = Counter(draw_tokens(LOGITS.expand(num_draws, -1), [params] * num_draws, draws))
+    for token, share in enumerate(shares.tolist()):
+        assert drawn[token] / num_draws == pytest.approx(share, abs=2 / num_draws)
+
+
+def test_a_token_that_may_not_come_is_never_drawn() -> None:
+    logits = LOGITS.clone()
+    logits[1] = float("-inf")
+    rows = [SamplingParams(max_tokens=1, temperature=temperature) for temperature in (0.0, 0.01, 1.0, 100.0)]
+    for draw in (0.0, 0.3, 0.999999):
+        assert 1 not in draw_tokens(logits.expand(4, -1), rows, [draw] * 4)

@@ -56,3 +56,16 @@ def test_text_is_held_back_no_longer_than_it_must() -> None:
     assert stream.push(b"one E") == "one "
     assert stream.push(b"N") == ""
     assert stream.push(b"x two") == "ENx two"
+
+
+def test_a_stop_string_that_may_not_stop_is_text_and_the_next_one_stops() -> None:
+    stream = TextStream(["END"])
+    text = stream.push(b"aEN", may_stop=False) + stream.push(b"Db", may_stop=False)
+    assert text == "aENDb" and not stream.is_stopped
+    assert stream.push(b"cEN") + stream.push(b"D") == "c" and stream.is_stopped
+
+
+def test_a_stop_string_begun_too_early_may_end_in_time() -> None:
+    stream = TextStream(["END"])
+    assert stream.push(b"aEN", may_stop=False) == "a"
+    assert stream.push(b"Db") == "" and stream.is_stopped
