@@ -146,7 +146,7 @@ class RunLock:
         return ClusterError("run_dir", self._run_uri, allowed, f"look for it with `ray list actors` ({self._name})")
 
     def _give_name_back(self) -> None:
-        """End the actor and wait until its name is free for the next job; where Ray is lost, it ends with the driver."""
+        """End the actor and wait until its name is free for the next job; without Ray, it ends with the driver."""
         deadline = time.monotonic() + DYING_S
         with suppress(ValueError, RayError):
             ray.kill(self._holder)
