@@ -140,7 +140,7 @@ def read_num_tokens(uri: str, num_bytes: int) -> int:
         ArtifactError: it is no shard.
     """
     system, path = storage.filesystem(uri)
-    with system.open_input_file(path) as remote, tempfile.NamedTemporaryFile() as ends:
+    with storage.failures_named(uri), system.open_input_file(path) as remote, tempfile.NamedTemporaryFile() as ends:
         for start in (0, max(num_bytes - EDGE_BYTES, 0)):
             ends.seek(start)
             ends.write(remote.read_at(min(EDGE_BYTES, num_bytes - start), start))

@@ -171,17 +171,23 @@ class GracefulElasticPolicy(ElasticScalingPolicy):  # type: ignore[misc, unused-
         if request > look.request:
             self._call(self._board.ask.remote(request, reason))
             self._asked_at = now
-        elif self._asked_at is None:
-            return NoopDecision()
-        elif look.is_safe:
+        elif look.is_safe:  # also after a pause was withdrawn that the workers had agreed on: they wait for it
             nodes = usable_nodes(self._need, self._held, self._plan.sizes.max_workers)
             size = self._plan.sizes.largest(room(nodes))
             return self._resize(size, nodes) if size else NoopDecision()
+        elif self._asked_at is None:
+            return NoopDecision()
         elif not look.any_safe and now - self._asked_at > self._plan.pause_timeout_s:
             self._call(self._board.withdraw.remote("the workers did not pause in time"))
-            self._asked_at = None
-            self._next_growth_at = now + self._plan.grow_pause_s
+            self._rest(now)
+        elif look.request is Request.NONE:  # the workers declined
+            self._rest(now)
         return NoopDecision()
+
+    def _rest(self, now: float) -> None:
+        """Wait before the group is asked again to pause for growth."""
+        self._asked_at = None
+        self._next_growth_at = now + self._plan.grow_pause_s
 
     def on_controller_start_worker_group(self, *, scaling_config: Any, num_workers: int) -> dict[str, str] | None:
         """Note the new group on the board, and keep it to the nodes that were found alive and staying."""

@@ -77,6 +77,11 @@ class RayHost:
         """Make sure that no other job has taken over the run."""
         self._check_alone()
 
+    def decline(self, reason: str) -> None:
+        """Take what is asked off the board, without waiting; rank 0 speaks for all."""
+        if self.rank == 0:
+            self._board.withdraw.remote(reason)
+
     def safe(self, step: int, met: Request) -> Request:
         """Say that the state is safe and wait; return when more is asked for."""
         self._pulse.beat(SAFE)

@@ -3,11 +3,14 @@
 It leans on Ray Train's public errors alone, so that `scaling = "stock"` needs no more of Ray.
 """
 
+import errno
+import socket
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any
 
+import torch.distributed as dist
 from ray.exceptions import RayError, RayTaskError
 from ray.train import ControllerError, PreemptionError, Result, WorkerGroupError
 
@@ -16,8 +19,27 @@ from ray_ds.train.task import TrainResult
 
 LASTING = (UserError, FloatingPointError)
 """What another try would meet again: a mistake of the user, or a loss that is no number."""
-LOST = (RayError, OSError)
-"""What a worker meets when it, a node or the network is lost."""
+LOST = (RayError, RetryableError, ConnectionError, TimeoutError, socket.gaierror)
+"""What a worker meets when it, a node, the network or a store is lost."""
+NETWORK_ERRNOS = frozenset(
+    {
+        errno.ECONNABORTED,
+        errno.ECONNREFUSED,
+        errno.ECONNRESET,
+        errno.EHOSTDOWN,
+        errno.EHOSTUNREACH,
+        errno.ENETDOWN,
+        errno.ENETRESET,
+        errno.ENETUNREACH,
+        errno.ENOTCONN,
+        errno.EPIPE,
+        errno.ESTALE,
+        errno.ETIMEDOUT,
+    }
+)
+"""What an `OSError` says where the network, or a file system behind it, is the reason; a full disk says another."""
+GLOO = "gloo/transport/"
+"""What is in gloo's errors of connections: a plain `RuntimeError` that begins with the place in its source."""
 
 
 class TrainingStopped(RetryableError):
@@ -85,7 +107,8 @@ def read_outcome(outcome: "Future[Result]") -> TrainResult:
     except PreemptionError as error:
         raise LostTooOften(error) from error
     except WorkerGroupError as error:
-        if any(is_loss(failure) for failure in error.worker_failures.values()):
+        failures = error.worker_failures.values()
+        if any(is_loss(failure) for failure in failures) or all(is_cut_off(failure) for failure in failures):
             raise LostTooOften(error) from error
         raise
     if isinstance(value, int):
@@ -97,4 +120,14 @@ def is_loss(failure: BaseException) -> bool:
     """Tell whether a worker failed because something was lost: itself, a process it spoke to, or the network."""
     # Ray Train wraps what it met when it asked a worker how it is, and Ray what a task raised.
     met = getattr(failure, "health_check_failure", failure)
-    return isinstance(met.cause if isinstance(met, RayTaskError) else met, LOST)
+    cause = met.cause if isinstance(met, RayTaskError) else met
+    return isinstance(cause, LOST) or (isinstance(cause, OSError) and cause.errno in NETWORK_ERRNOS)
+
+
+def is_cut_off(failure: BaseException) -> bool:
+    """Tell whether a worker failed in a collective, because others did not answer there.
+
+    Where another worker reports a fault of its own, that is the reason, and this is what followed from it. Where all
+    report nothing else, the network between them was lost.
+    """
+    return isinstance(failure, dist.DistError) or (isinstance(failure, RuntimeError) and GLOO in str(failure))

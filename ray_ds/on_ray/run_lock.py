@@ -7,8 +7,10 @@ import math
 import os
 import secrets
 import socket
+import signal
 import threading
 import time
+from _thread import interrupt_main
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -19,7 +21,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from ray_ds.errors import ClusterError, TakenOverError
+from ray_ds.errors import ClusterError, RetryableError, TakenOverError
 from ray_ds.logs import log_event
 from ray_ds.on_ray.lease import LEASE_S, RENEW_S, Clock, LeaseFile, Owner, check_lease, read_lease, refusal
 from ray_ds.on_ray.session import NAMESPACE
@@ -71,11 +73,14 @@ class _LockHolder:
 class RunLock:
     """Holds a run directory as long as a `with` block runs.
 
+    A job that finds its lease taken by another one is stopped as by SIGTERM, so that it writes no more than it must.
+
     Args:
         run_uri: the run directory.
         owner: this process.
     Raises:
         ClusterError: on entry: another job is at work there.
+        TakenOverError: at the end, where the block broke off because another job has taken over.
     """
 
     def __init__(self, run_uri: str, owner: Owner, clock: Clock | None = None) -> None:
@@ -84,6 +89,7 @@ class RunLock:
         self._file = LeaseFile(run_uri, owner, clock)
         self._holder: Any = None
         self._is_released = threading.Event()
+        self._lost: TakenOverError | None = None
         self._thread = threading.Thread(target=self._renew, daemon=True)
 
     @property
@@ -112,6 +118,8 @@ class RunLock:
         with suppress(OSError):  # the lease ends by itself
             self._file.release()
         self._give_name_back()
+        if self._lost is not None and isinstance(error, RetryableError):
+            raise self._lost from error
 
     def _take_name(self) -> Any:
         """Return the actor whose name is the lock of this run directory in this cluster."""
@@ -138,10 +146,10 @@ class RunLock:
         return ClusterError("run_dir", self._run_uri, allowed, f"look for it with `ray list actors` ({self._name})")
 
     def _give_name_back(self) -> None:
-        """End the actor and wait until its name is free for the next job."""
-        ray.kill(self._holder)
+        """End the actor and wait until its name is free for the next job; without Ray, it ends with the driver."""
         deadline = time.monotonic() + DYING_S
-        with suppress(ValueError):
+        with suppress(ValueError, RayError):
+            ray.kill(self._holder)
             while time.monotonic() < deadline:
                 ray.get_actor(self._name, namespace=NAMESPACE)
                 time.sleep(0.02)
@@ -153,6 +161,8 @@ class RunLock:
                 self._file.renew()
             except TakenOverError as error:
                 log_event("run_dir_lost", reason=str(error))
+                self._lost = error
+                interrupt_main(signal.SIGTERM)
                 return
             except OSError as error:
                 log_event("lease_not_renewed", reason=str(error))

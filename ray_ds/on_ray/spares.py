@@ -15,7 +15,7 @@ from functools import cached_property
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import GetTimeoutError, RayActorError
 from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError
 from ray.train.v2._internal.execution.controller.controller import TrainController
 from ray.train.v2._internal.execution.worker_group.worker import Worker
@@ -25,6 +25,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 
 LOW_PRIORITY = 5
 """A third of the share of a process as usual, so that training goes on and a busy node still gets its spares."""
+
+START_TIMEOUT_S = 120.0
+"""Time that a worker has to start, or a spare to get warm; longer than a cold start on a busy node takes."""
 
 logger = logging.getLogger("ray.train")
 
@@ -64,13 +67,19 @@ class Spares:
         return True
 
     def take(self, node_id: str) -> tuple[Any, Any] | None:
-        """Return a living spare of a node, which is no spare any more, with its metadata; None where there is none."""
+        """Return a living spare of a node, which is no spare any more, with its metadata; None where there is none.
+
+        One that does not answer in `START_TIMEOUT_S` is ended.
+        """
         while self._by_node[node_id]:
             actor, _ = self._by_node[node_id].pop(0)
             try:
-                return actor, ray.get(actor.get_metadata.remote())
+                return actor, ray.get(actor.get_metadata.remote(), timeout=START_TIMEOUT_S)
             except RayActorError:
                 logger.info("a spare worker had died")
+            except GetTimeoutError:
+                logger.warning("a spare worker did not answer in %g s", START_TIMEOUT_S)
+                ray.kill(actor)
         return None
 
 
@@ -108,11 +117,14 @@ class SparedWorkerGroup(WorkerGroup):  # type: ignore[misc, unused-ignore]
             actors[index] = spare[0] if spare else self._start_cold(index, placement_group, resources_per_worker)
             answers[index] = ray.put(spare[1]) if spare else actors[index].get_metadata.remote()
         try:
-            metadata = ray.get([answers[index] for index in range(num_workers)])
-        except RayActorError as error:
+            metadata = ray.get([answers[index] for index in range(num_workers)], timeout=START_TIMEOUT_S)
+        except (RayActorError, GetTimeoutError) as error:
             for actor in actors.values():
                 ray.kill(actor)
-            raise WorkerGroupStartupFailedError("a worker died while it started") from error
+            reason = "died while it started"
+            if isinstance(error, GetTimeoutError):
+                reason = f"did not start in {START_TIMEOUT_S:g} s"
+            raise WorkerGroupStartupFailedError(f"a worker {reason}") from error
         workers = [
             Worker(actors[index], metadata[index], resources_per_worker, placement_group_bundle_index=index)
             for index in range(num_workers)

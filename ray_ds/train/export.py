@@ -25,6 +25,9 @@ def export_model(state: dict[str, Tensor], task: TrainTask, dtype: torch.dtype) 
     """Write `model/` into the artefact's folder: config, weights in `dtype`, the shards' tokenizer and chat template.
 
     Adapters are added to the weights they stand beside, and written to `adapter/` too.
+
+    Raises:
+        StorageRefused, StorageUnavailable: it cannot be written; the disk may be full.
     """
     if task.settings.lora is not None:
         state, adapters = merge_adapters(state, task.settings.lora)
@@ -34,19 +37,20 @@ def export_model(state: dict[str, Tensor], task: TrainTask, dtype: torch.dtype) 
     storage.delete_folder(uri)
     with tempfile.TemporaryDirectory(prefix="ray_ds-export-") as temporary:
         folder = Path(temporary) if storage.is_remote(uri) else storage.local_path(uri)
-        save_checkpoint_folder(
-            state,
-            task.config,
-            folder,
-            dtype=dtype,
-            max_shard_bytes=MAX_FILE_BYTES,
-            bos_token_id=task.bos_token_id,
-            eos_token_id=task.eos_token_id,
-        )
-        copy_tokenizer(task.shards, str(folder))
-        template = _find_template(task)
-        if template is not None:
-            (folder / TEMPLATE_FILE).write_bytes(template)
+        with storage.failures_named(str(folder)):
+            save_checkpoint_folder(
+                state,
+                task.config,
+                folder,
+                dtype=dtype,
+                max_shard_bytes=MAX_FILE_BYTES,
+                bos_token_id=task.bos_token_id,
+                eos_token_id=task.eos_token_id,
+            )
+            copy_tokenizer(task.shards, str(folder))
+            template = _find_template(task)
+            if template is not None:
+                (folder / TEMPLATE_FILE).write_bytes(template)
         if storage.is_remote(uri):
             upload_folder(folder, uri)
 
@@ -62,4 +66,5 @@ def _find_template(task: TrainTask) -> bytes | None:
 def upload_folder(folder: Path, uri: str) -> None:
     """Copy a local folder's files into a folder on an object store."""
     system, path = storage.filesystem(uri)
-    fs.copy_files(str(folder), path, source_filesystem=fs.LocalFileSystem(), destination_filesystem=system)
+    with storage.failures_named(uri):
+        fs.copy_files(str(folder), path, source_filesystem=fs.LocalFileSystem(), destination_filesystem=system)

@@ -108,6 +108,9 @@ class Host(Protocol):
             OSError: storage does not answer, so that nobody knows.
         """
 
+    def decline(self, reason: str) -> None:
+        """Say that a pause that was asked for cannot be: the state could be made safe nowhere, and training goes on."""
+
     def safe(self, step: int, met: Request) -> Request:
         """Say that the state after `step` is safe and this process will do no more; waits until it is ended.
 

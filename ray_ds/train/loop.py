@@ -104,6 +104,8 @@ class TrainLoop:
         root = self.task.checkpoints
         is_watched = is_first and not storage.is_remote(root)
         live_file = storage.local_path(root).with_name(METRICS) if is_watched else None
+        if is_first:
+            self.host.check_alone()  # the metrics and the attempts are written over
         self.metrics = MetricsLog(progress.records, live_file)
         attempts_file = storage.join(root, ATTEMPTS)
         self.goodput = Goodput(

@@ -5,7 +5,8 @@ import json
 import resource
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -134,29 +135,43 @@ class MetricsLog:
         """`time` of the file's last record as it was found: when an earlier process was seen last."""
         self._live: IO[str] | None = None
         if live_file is not None:
-            live_file.parent.mkdir(parents=True, exist_ok=True)
             self.last_sign = _last_time(live_file)
-            self._live = live_file.open("w+", buffering=1)
-            self._live.write(encode(self.records))
+            with self._storage_may_fail():
+                live_file.parent.mkdir(parents=True, exist_ok=True)
+                self._live = live_file.open("w+", buffering=1)
+                self._live.write(encode(self.records))
 
     def append(self, record: Record) -> None:
         """Add a step's record."""
         self.records.append(record)
-        if self._live is not None:
-            self._live.write(encode([record]))
+        with self._storage_may_fail():
+            if self._live is not None:
+                self._live.write(encode([record]))
 
     def go_back(self, step: int) -> None:
         """Drop the records of steps after `step`, which will run again."""
         del self.records[step:]
-        if self._live is not None:
-            self._live.seek(0)
-            self._live.truncate()
-            self._live.write(encode(self.records))
+        with self._storage_may_fail():
+            if self._live is not None:
+                self._live.seek(0)
+                self._live.truncate()
+                self._live.write(encode(self.records))
 
     def close(self) -> None:
         """Close the local file."""
-        if self._live is not None:
-            self._live.close()
+        live, self._live = self._live, None
+        if live is not None:
+            with suppress(OSError):  # what it could not write before it tries once more
+                live.close()
+
+    @contextmanager
+    def _storage_may_fail(self) -> Iterator[None]:
+        """Let go of the local file where it cannot be written: it shows the records, and the checkpoints keep them."""
+        try:
+            yield
+        except OSError as error:
+            log_event("metrics_not_shown", reason=str(error))
+            self.close()
 
 
 def _last_time(file: Path) -> float | None:

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from pydantic import JsonValue
 
-from ray_ds.errors import ArtifactError
+from ray_ds.errors import ArtifactError, RetryableError
 from ray_ds.logs import log_event
 from ray_ds.train.agreement import Word
 from ray_ds.train.cadence import SnapshotCadence
@@ -61,6 +61,8 @@ class Safekeeping:
         self._packed: dict[str, Part] = {}
         self._written, self._committed = 0, 0
         self._was_sending = False
+        self._declined = Request.NONE
+        """What could not be met, as long as it is still asked for."""
         self.checkpoint_s, self.snapshot_s = 0.0, 0.0
         """Seconds that training stood still for a checkpoint, or a snapshot, after the last step."""
 
@@ -190,8 +192,11 @@ class Safekeeping:
     def keep(self, progress: Progress, word: Word, *, is_last: bool) -> Request:
         """Keep the state after a step where it is due or asked for; return what was asked for, which is done now.
 
+        Where storage fails, who leaves goes by what is in memory, and a pause that is safe nowhere is declined.
+
         Raises:
-            ArtifactError: checkpoints could not be written several times in a row.
+            ArtifactError, RetryableError: checkpoints could not be written several times in a row, or not the last one
+                before a stop.
             TakenOverError: another job has taken over the run.
         """
         self.checkpoint_s, self.snapshot_s = 0.0, 0.0
@@ -199,7 +204,7 @@ class Safekeeping:
             self._writer.abandon("another rank's part failed")
         self._writer.poll()
         self._cadence.record(word.step_s, stall_s=word.stall_s, is_sending=word.is_sending, other_s=word.other_s)
-        asked = Request.NONE if is_last else word.request
+        asked = Request.NONE if is_last else self._to_meet(word.request)
         to_memory = self._store is not None and asked in (Request.PAUSE, Request.LEAVE)
         to_storage = asked in (Request.LEAVE, Request.STOP)
         if is_last or progress.step % self._settings.checkpoint_every == 0 or to_storage:
@@ -208,13 +213,41 @@ class Safekeeping:
             self._snapshot(progress)
         if asked is Request.NONE:
             return asked
-        is_in_memory = to_memory and _all_agree(self._has_arrived(), self._host.device)
-        if to_storage or not is_in_memory:
+        if asked is Request.STOP:
             self.store(progress)
-        return asked
+            return asked
+        is_in_memory = to_memory and _all_agree(self._has_arrived(), self._host.device)
+        is_on_storage = (to_storage or not is_in_memory) and self._is_stored(progress)
+        if is_in_memory or is_on_storage:
+            return asked
+        self._declined = asked
+        self._host.decline("the state could be made safe neither in memory nor on storage")
+        return Request.NONE
+
+    def _to_meet(self, request: Request) -> Request:
+        """Return what is asked for, but for what was declined and is asked for still."""
+        self._declined = min(self._declined, request)
+        return request if request > self._declined else Request.NONE
+
+    def _is_stored(self, progress: Progress) -> bool:
+        """Try to store the state; tell whether every process says that it is there."""
+        try:
+            self.store(progress)
+            is_there = True
+        except (ArtifactError, RetryableError) as error:
+            log_event("state_not_stored", step=progress.step, rank=self._host.rank, reason=str(error))
+            is_there = False
+        is_there = _all_agree(is_there, self._host.device)
+        if not is_there:
+            self._written = 0  # a request for more tries again
+        return is_there
 
     def store(self, progress: Progress) -> None:
-        """Write a checkpoint of this step unless there is one, and wait for it."""
+        """Write a checkpoint of this step unless there is one, and wait for it.
+
+        Raises:
+            ArtifactError, RetryableError: it failed.
+        """
         if self._written != progress.step:
             self._checkpoint(progress)
         self._writer.wait()

@@ -41,6 +41,10 @@ class WatchedHost:
         """Say where this process is."""
         self._host.beat(place)
 
+    def decline(self, reason: str) -> None:
+        """Pass it on."""
+        self._host.decline(reason)
+
     def check_alone(self) -> None:
         """Make sure that no other job has taken over the run."""
         self._host.check_alone()

@@ -352,3 +352,20 @@ def test_changes_nothing_while_ray_does_not_answer(monkeypatch: pytest.MonkeyPat
         silence.setattr(elastic, "usable_nodes", silent)
         assert cluster.start() == 0
     assert cluster.start() == 1
+
+
+@pytest.mark.parametrize("room", [0, 1], ids=["room gone", "room still there"])
+def test_workers_that_agreed_on_a_pause_which_was_withdrawn_do_not_wait_for_ever(
+    monkeypatch: pytest.MonkeyPatch, room: int
+) -> None:
+    cluster = Cluster(monkeypatch, 1, pause_timeout_s=50.0)
+    assert cluster.start() == 1
+    cluster.nodes.append("new")
+    cluster.ask(40.0)
+    cluster.ask(5.0)
+    assert cluster.board.request is Request.PAUSE
+    cluster.ask(60.0)
+    assert cluster.board.request is Request.NONE, "it was not withdrawn"
+    cluster.nodes = cluster.nodes[: 1 + room]
+    cluster.board.safe(cluster.board.attempt, 0, 7, Request.PAUSE)
+    assert cluster.ask() == 1 + room

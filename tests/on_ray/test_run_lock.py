@@ -14,12 +14,14 @@ os.environ["RAY_AUTH_MODE"] = "disabled"  # read when ray is imported
 
 import pytest
 import ray
+from ray.exceptions import ActorDiedError, RaySystemError
 
 from ray_ds import storage
-from ray_ds.errors import ClusterError, TakenOverError
+from ray_ds.errors import ClusterError, RetryableError, TakenOverError
 from ray_ds.on_ray import lease, run_lock
 from ray_ds.on_ray.lease import LEASE_S, SETTLE_S, Clock, LeaseFile, Owner, check_lease, lease_uri, read_lease
 from ray_ds.on_ray.run_lock import RunLock, this_owner
+from ray_ds.on_ray.stopping import end_on_sigterm
 from tests.on_ray.owners import START, make_owner
 
 
@@ -296,3 +298,39 @@ def test_job_that_lost_its_run_directory_to_another_cluster_is_told(
             time.sleep(0.05)
         assert any("run_dir_lost" in line for line in caplog.messages)
     assert holder(tmp_path) == "thief"
+
+
+def bare_lock(run: Path, monkeypatch: pytest.MonkeyPatch, now: Time) -> RunLock:
+    """Return a lock whose actor is no part of the test, and whose lease is looked at all the time."""
+    monkeypatch.setattr(RunLock, "_take_name", lambda _: None)
+    monkeypatch.setattr(run_lock, "RENEW_S", 0.01)
+    return RunLock(str(run), make_owner("a"), now.clock)
+
+
+@pytest.mark.parametrize("error", [RaySystemError("the head is gone"), ActorDiedError()], ids=["head", "actor"])
+def test_an_end_is_what_the_block_makes_it_though_ray_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(run_lock.ray, "kill", fail)
+    with pytest.raises(RetryableError, match="workers were lost"), bare_lock(tmp_path, monkeypatch, Time()):
+        raise RetryableError("workers were lost; submit it again to go on")
+
+
+@pytest.mark.shows("A job whose run directory another one has taken over stops by itself and names that one")
+def test_a_job_that_was_taken_over_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = Time()
+    monkeypatch.setattr(RunLock, "_give_name_back", lambda _: None)
+    lock = bare_lock(tmp_path, monkeypatch, now)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        end_on_sigterm()
+        with pytest.raises(TakenOverError, match="pretrain-b"), lock:
+            other = LeaseFile(str(tmp_path), make_owner("b", "c2"), now.clock)
+            for _ in range(1000):  # the lock may be about to write its own lease: until it looks again
+                other._write()
+                time.sleep(0.02)
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -7,9 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 import ray
+from ray.exceptions import GetTimeoutError
 from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError
 
-from ray_ds.on_ray.spares import SparedController, Spares
+from ray_ds.on_ray import spares as spares_module
+from ray_ds.on_ray.spares import START_TIMEOUT_S, SparedController, SparedWorkerGroup, Spares
 from tests.on_ray.two_nodes import wait_for
 
 pytestmark = pytest.mark.ray
@@ -92,3 +94,37 @@ def test_a_group_that_fails_late_in_its_start_gives_its_room_back(
     with pytest.raises(WorkerGroupStartupFailedError):
         SparedController.create(SimpleNamespace(_spares=None))
     assert done == (["shutdown"] if is_held else [])
+
+
+class Silent:
+    """Ray as it is where a process neither answers nor dies; it notes what is killed."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.killed: list[object] = []
+        monkeypatch.setattr(spares_module.ray, "get", self._get)
+        monkeypatch.setattr(spares_module.ray, "kill", self.killed.append)
+        monkeypatch.setattr(spares_module, "placement_group_table", lambda _: {"bundles_to_node_id": {0: "node"}})
+
+    def _get(self, answer: object, timeout: float | None = None) -> None:
+        assert timeout == START_TIMEOUT_S, "it would wait for ever"
+        raise GetTimeoutError("no answer")
+
+
+def silent_actor() -> SimpleNamespace:
+    return SimpleNamespace(get_metadata=SimpleNamespace(remote=lambda: None))
+
+
+def test_a_spare_that_does_not_answer_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray_, actor, spares = Silent(monkeypatch), silent_actor(), Spares({}, MODULES)
+    spares._by_node["node"].append((actor, None))
+    assert spares.take("node") is None and ray_.killed == [actor]
+
+
+def test_a_group_whose_worker_does_not_answer_has_not_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray_, actor = Silent(monkeypatch), silent_actor()
+    group = object.__new__(SparedWorkerGroup)
+    group.spares = Spares({}, ())
+    monkeypatch.setattr(group, "_start_cold", lambda *_: actor)
+    with pytest.raises(WorkerGroupStartupFailedError, match=r"^a worker did not start in 120 s$"):
+        group._create_workers(1, None, {"CPU": 1})
+    assert ray_.killed == [actor]

@@ -119,6 +119,7 @@ class PlainHost:
     """What is asked for in a step, by its number."""
     place: str = ""
     safe_at: int | None = None
+    declined: list[str] = dataclasses.field(default_factory=list)
     ran_ahead: bool = False
 
     def request(self) -> Request:
@@ -129,6 +130,9 @@ class PlainHost:
 
     def check_alone(self) -> None:
         """Nobody else is here."""
+
+    def decline(self, reason: str) -> None:
+        self.declined.append(reason)
 
     def safe(self, step: int, met: Request) -> Request:
         """Go on to the next of the requests to come, as if it had come while this process waited."""

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from ray_ds import storage
-from ray_ds.train.checkpoints import find_latest
+from ray_ds.artifacts import FileInfo
+from ray_ds.errors import StorageUnavailable
+from ray_ds.train.checkpoints import find_latest, writing
 from ray_ds.train.host import Part, Request
 from ray_ds.train.task import TrainTask
 from tests.train.processes import spawn
@@ -35,6 +37,7 @@ class Folder:
 
     root: Path
     is_torn: bool = False
+    is_gone: bool = False
     fetched: dict[str, int] = dataclasses.field(default_factory=dict)
     """Bytes of each tensor that was looked up."""
     is_sending: bool = False
@@ -45,7 +48,9 @@ class Folder:
         torch.save(part, folder / f"{part.rank}.pt")
 
     def wait(self) -> None:
-        """What was put is there."""
+        """What was put is there, but where the nodes that hold it are gone."""
+        if self.is_gone:
+            raise OSError("the nodes that hold it are gone")
 
     def newest_whole(self) -> int | None:
         folders = self.root.iterdir() if self.root.exists() else []
@@ -84,6 +89,7 @@ class EndedHost(PlainHost):
     """A process that is ended once its state is safe, as a pause ends it."""
 
     def safe(self, step: int, met: Request) -> Request:
+        self.safe_at = step
         if met is Request.STOP:
             return met
         sys.exit()
@@ -97,6 +103,8 @@ def run(
     requests: Mapping[int, Request] | None = None,
     torn_rank: int | None = None,
     is_ended: bool = True,
+    is_gone: bool = False,
+    fails_at: int | None = None,
 ) -> list[dict[str, Any]]:
     """Train in processes with a memory beside them; return what each of them read to go on.
 
@@ -104,12 +112,14 @@ def run(
         requests: what the last process is asked for, by the number of the step.
         torn_rank: the process that finds its part of a snapshot gone.
         is_ended: whether processes end once they are safe, or are asked for what `requests` has next.
+        is_gone: whether nothing that is sent to the memory arrives.
+        fails_at: the step whose checkpoint storage does not take, at the first try; later ones come through.
     """
     notes = memory.with_name(f"notes-{os.urandom(4).hex()}")
     notes.mkdir(parents=True)
     spawn(
         _run_rank,
-        (world_size, notes, task.to_dict(), memory, dict(requests or {}), torn_rank, is_ended),
+        (world_size, notes, task.to_dict(), memory, dict(requests or {}), torn_rank, is_ended, is_gone, fails_at),
         count=world_size,
     )
     return [json.loads((notes / f"{rank}.json").read_text()) for rank in range(world_size)]
@@ -124,6 +134,8 @@ def _run_rank(
     requests: Mapping[int, Request],
     torn_rank: int | None,
     is_ended: bool,
+    is_gone: bool,
+    fails_at: int | None,
 ) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}
     store = f"file://{notes}/store"
@@ -135,14 +147,29 @@ def _run_rank(
     hashed: list[str] = []
     hash_file = storage.sha256_file
     storage.sha256_file = lambda uri: (hashed.append(uri), hash_file(uri))[1]
-    snapshots = Folder(memory, is_torn=rank == torn_rank)
+    if rank == world_size - 1 and fails_at is not None:
+        fail_once(fails_at)
+    snapshots = Folder(memory, is_torn=rank == torn_rank, is_gone=is_gone)
     kind = EndedHost if is_ended else PlainHost
     host = kind(rank, world_size, snapshots=snapshots, requests=requests if rank == world_size - 1 else {})
     try:
         train(TrainTask.from_dict(raw), host)
     finally:
-        note = {"fetched": snapshots.fetched, "hashed": hashed, "safe_at": host.safe_at}
+        note = {"fetched": snapshots.fetched, "hashed": hashed, "safe_at": host.safe_at, "declined": host.declined}
         (notes / f"{rank}.json").write_text(json.dumps(note))
+
+
+def fail_once(step: int) -> None:
+    """Make this process's part of a step's checkpoint meet a store that does not answer, once."""
+    write = writing.write_tensors
+    left = [StorageUnavailable("s3://bucket/run", "timed out", "submit again")]
+
+    def write_or_fail(folder: str, path: str, tensors: Mapping[str, Tensor]) -> FileInfo:
+        if folder.endswith(f"step-{step:08d}") and left:
+            raise left.pop()
+        return write(folder, path, tensors)
+
+    writing.write_tensors = write_or_fail
 
 
 @pytest.fixture(scope="module")
@@ -234,3 +261,37 @@ def test_who_leaves_has_the_state_in_memory_and_on_storage(tmp_path: Path, reque
     assert commit is not None and commit.step == 5
     assert Folder(tmp_path / "memory").newest_whole() == 5
     assert [note["safe_at"] for note in notes] == [5, 5]
+
+
+@pytest.mark.shows("A pause for which the state is safe nowhere is declined, and training goes on without a step lost")
+def test_a_pause_that_is_safe_nowhere_is_declined(tmp_path: Path, whole: list[dict[str, Any]]) -> None:
+    task = make_task(tmp_path, SETTINGS)
+    requests = {5: Request.PAUSE, 6: Request.PAUSE}
+    notes = run(task, tmp_path / "memory", world_size=2, requests=requests, is_gone=True, fails_at=5, is_ended=False)
+    assert [(note["safe_at"], len(note["declined"])) for note in notes] == [(None, 1)] * 2, "it is declined once"
+    assert_same_losses(read_records(task), whole)
+
+
+def test_a_pause_comes_again_after_one_that_was_declined(tmp_path: Path) -> None:
+    task = make_task(tmp_path, SETTINGS)
+    requests = {5: Request.PAUSE, 7: Request.PAUSE}
+    notes = run(task, tmp_path / "memory", world_size=2, requests=requests, is_gone=True, fails_at=5)
+    assert [(note["safe_at"], len(note["declined"])) for note in notes] == [(7, 1)] * 2
+    commit = find_latest(task.checkpoints)
+    assert commit is not None and commit.step == 7
+
+
+@pytest.mark.shows("Who leaves while the object store does not answer goes by the copies in other nodes' memory")
+def test_who_leaves_goes_by_memory_where_storage_fails(tmp_path: Path) -> None:
+    task = make_task(tmp_path, SETTINGS)
+    notes = run(task, tmp_path / "memory", world_size=2, requests={5: Request.LEAVE}, fails_at=5)
+    assert [(note["safe_at"], note["declined"]) for note in notes] == [(5, [])] * 2
+    commit = find_latest(task.checkpoints)
+    assert commit is not None and commit.step == 3 and Folder(tmp_path / "memory").newest_whole() == 5
+
+
+def test_a_stop_after_that_tries_storage_again(tmp_path: Path) -> None:
+    task = make_task(tmp_path, SETTINGS)
+    run(task, tmp_path / "memory", world_size=2, requests={5: Request.LEAVE}, fails_at=5, is_ended=False)
+    commit = find_latest(task.checkpoints)
+    assert commit is not None and commit.step == 5

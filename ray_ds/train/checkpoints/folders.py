@@ -146,7 +146,8 @@ def _check_files(uri: str, commit: Commit, listed: dict[str, int], verify: Verif
 def _size(uri: str) -> int:
     """Return a file's size; -1 where there is none."""
     system, path = storage.filesystem(uri)
-    info = system.get_file_info(path)
+    with storage.failures_named(uri):
+        info = system.get_file_info(path)
     return int(info.size) if info.type == fs.FileType.File else -1
 
 
@@ -188,8 +189,9 @@ def delete(root: str, step: int) -> None:
 def delete_file(uri: str) -> None:
     """Delete a file; an absent one is no error."""
     system, path = storage.filesystem(uri)
-    if system.get_file_info(path).type == fs.FileType.File:
-        system.delete_file(path)
+    with storage.failures_named(uri):
+        if system.get_file_info(path).type == fs.FileType.File:
+            system.delete_file(path)
 
 
 def delete_old(root: str, *, keep: int, keep_best: bool, every: int = 1) -> None:

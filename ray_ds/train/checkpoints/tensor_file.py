@@ -11,7 +11,7 @@ import os
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -71,17 +71,26 @@ def _bytes_of(tensor: Tensor) -> memoryview:
     return data
 
 
+def _open_new(target: Path) -> BinaryIO:
+    """Open a local file to write, whose folder is made."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    return open(target, "wb")
+
+
 @contextlib.contextmanager
 def _open_sink(uri: str) -> Iterator[Callable[[memoryview], object]]:
-    """Open a file to write into; at the end it is on disk, or taken by the object store."""
+    """Open a file to write into; at the end it is on disk, or taken by the object store.
+
+    Raises:
+        StorageRefused, StorageUnavailable: as in `storage.failures_named`.
+    """
     if storage.is_remote(uri):
         system, path = storage.filesystem(uri)
-        with system.open_output_stream(path, compression=None) as stream:
+        with storage.failures_named(uri), system.open_output_stream(path, compression=None) as stream:
             yield stream.write
         return
     target = storage.local_path(uri)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with open(target, "wb") as file:
+    with storage.failures_named(uri), _open_new(target) as file:
         yield file.write
         file.flush()
         os.fsync(file.fileno())

@@ -6,10 +6,10 @@ import time
 from collections.abc import Callable
 from typing import Literal
 
-from ray_ds.errors import ArtifactError, TakenOverError
+from ray_ds.errors import ArtifactError, RetryableError, TakenOverError
 from ray_ds.logs import log_event
 from ray_ds.train.checkpoints import folders
-from ray_ds.train.checkpoints.writing import FAILURES, Writing
+from ray_ds.train.checkpoints.writing import FAILURES, Writing, is_lasting
 from ray_ds.train.host import Part
 
 MAX_FAILED = 3
@@ -81,7 +81,7 @@ class CheckpointWriter:
             metrics: the records of all steps so far; only rank 0's are kept.
             validation_loss: of these weights, or None where it was not measured.
         Raises:
-            ArtifactError: as `poll`.
+            ArtifactError, RetryableError: as `poll`.
         """
         assert re.fullmatch(r"[A-Za-z0-9_-]+", attempt), f"{attempt} is no name for a folder"
         assert (part.rank, part.world_size) == (self._rank, self._world_size), "the part is another rank's"
@@ -129,7 +129,8 @@ class CheckpointWriter:
         """Raise if checkpoints have failed too often; returns at once.
 
         Raises:
-            ArtifactError: the last `max_failed` failed.
+            ArtifactError: the last `max_failed` failed, and somebody must mend the storage.
+            RetryableError: they failed, and the storage may mend itself.
             TakenOverError: another job has taken over the run.
         """
         if self.state != "failed":
@@ -139,8 +140,15 @@ class CheckpointWriter:
             raise self._error
         if self._num_failed >= self._max_failed:
             value = f"{self._num_failed} checkpoints in a row failed, the last with: {self._error}"
+            raise self._failure(self._root, value, "must take checkpoints") from self._error
+
+    def _failure(self, uri: str, value: str, allowed: str) -> ArtifactError | RetryableError:
+        """Return the error of a checkpoint that failed, by what made it fail."""
+        assert self._error is not None
+        if is_lasting(self._error):
             action = f"make room or mend the storage, then start again: {self._says_from()}"
-            raise ArtifactError(self._root, value, "must take checkpoints", action) from self._error
+            return ArtifactError(uri, value, allowed, action)
+        return RetryableError(f"{uri} ({value}) {allowed}; submit again to go on from the newest whole checkpoint")
 
     def _says_from(self) -> str:
         """Say where training would go on from."""
@@ -159,7 +167,9 @@ class CheckpointWriter:
         """Wait until the newest checkpoint counts; without one, return at once.
 
         Raises:
-            ArtifactError: it failed, or is not done after `timeout_s`; which part is missing is told.
+            ArtifactError: it failed, and somebody must mend the storage; or it is not done after `timeout_s`, and which
+                part is missing is told.
+            RetryableError: it failed, and the storage may mend itself.
         """
         if self._thread is None or self._writing is None:
             return
@@ -172,8 +182,7 @@ class CheckpointWriter:
             raise ArtifactError(uri, value, "must be written by all ranks", action)
         self.poll()
         if self._error is not None:
-            action = f"make room or mend the storage, then start again: {self._says_from()}"
-            raise ArtifactError(uri, str(self._error), "must be written", action) from self._error
+            raise self._failure(uri, str(self._error), "must be written") from self._error
 
     def abandon(self, reason: str) -> None:
         """Give up a checkpoint that waits for other ranks, when it is known that one of them has failed."""

@@ -1,6 +1,7 @@
 """How one rank writes its share of one checkpoint, and how rank 0 makes it count. No collective: files tell."""
 
 import contextlib
+import json
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from ray_ds import storage
 from ray_ds.artifacts import FileInfo
-from ray_ds.errors import RayDsError, TakenOverError
+from ray_ds.errors import RayDsError, RetryableError, TakenOverError
 from ray_ds.logs import log_event
 from ray_ds.train.checkpoints import folders
 from ray_ds.train.checkpoints.commit import (
@@ -41,7 +42,20 @@ FAILURES = (OSError, RayDsError)
 
 
 class GivenUpError(RayDsError):
-    """A checkpoint will not be finished; the message says why."""
+    """A checkpoint will not be finished; the message says why.
+
+    Args:
+        is_lasting: as the function of this name says of what made another rank fail.
+    """
+
+    def __init__(self, reason: str, *, is_lasting: bool = False) -> None:
+        super().__init__(reason)
+        self.is_lasting = is_lasting
+
+
+def is_lasting(error: BaseException) -> bool:
+    """Tell whether somebody must mend what made a checkpoint fail, or another try may come through by itself."""
+    return error.is_lasting if isinstance(error, GivenUpError) else not isinstance(error, RetryableError)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -97,7 +111,7 @@ class Writing:
         except TakenOverError:
             raise
         except FAILURES as error:
-            self._clean_up(str(error))
+            self._clean_up(error)
             raise
 
     def _write_files(self) -> RankPart:
@@ -204,7 +218,7 @@ class Writing:
         listed = {entry.path for entry in storage.list_files(storage.join(self.uri, self.attempt))}
         for rank in range(self.part.world_size):
             if _failed_file(rank) in listed:
-                raise GivenUpError(f"rank {rank}: {self._read_reason(rank)}")
+                raise self._read_failure(rank, f"rank {rank}: ")
             path = rank_json(self.attempt, rank)
             if rank not in found and path.split("/")[1] in listed:
                 try:
@@ -246,10 +260,11 @@ class Writing:
                 if not is_failed and storage.exists(storage.join(self.uri, rank_json(self.attempt, self.part.rank))):
                     continue
                 self._is_given_up = is_failed
-                raise GivenUpError(self._read_reason(0) if is_failed else "rank 0 gave it up")
+                raise self._read_failure(0) if is_failed else GivenUpError("rank 0 gave it up")
 
-    def _read_reason(self, rank: int) -> str:
-        return storage.read_bytes(storage.join(self.uri, self.attempt, _failed_file(rank))).decode()
+    def _read_failure(self, rank: int, prefix: str = "") -> GivenUpError:
+        said = json.loads(storage.read_bytes(storage.join(self.uri, self.attempt, _failed_file(rank))))
+        return GivenUpError(prefix + said["reason"], is_lasting=said["is_lasting"])
 
     def _tidy(self) -> None:
         """Delete what earlier attempts left; that it cannot be deleted harms nothing but the space it takes."""
@@ -264,11 +279,11 @@ class Writing:
         except FAILURES as error:
             log_event("checkpoint_left_over", root=self.root, reason=error)
 
-    def _clean_up(self, reason: str) -> None:
+    def _clean_up(self, error: BaseException) -> None:
         """Free the space of a checkpoint that will not be finished, and tell the other ranks."""
         if self._is_doubtful:
             return
-        is_marked = self._is_given_up or self._mark(reason)
+        is_marked = self._is_given_up or self._mark(error)
         # Whoever has published must leave its files until rank 0 has given up: they may belong to a checkpoint.
         with contextlib.suppress(*FAILURES):
             if self.part.rank == 0:
@@ -280,13 +295,13 @@ class Writing:
                     folders.delete_file(storage.join(self.uri, path))
         if not is_marked:
             # On a full disk there is room now.
-            self._mark(reason)
+            self._mark(error)
 
-    def _mark(self, reason: str) -> bool:
+    def _mark(self, error: BaseException) -> bool:
         """Tell the other ranks that the checkpoint failed, if storage lets it."""
         try:
             uri = storage.join(self.uri, self.attempt, _failed_file(self.part.rank))
-            storage.write_bytes(uri, reason.encode())
+            storage.write_bytes(uri, json.dumps({"reason": str(error), "is_lasting": is_lasting(error)}).encode())
         except FAILURES:
             return False
         return True
