@@ -128,7 +128,7 @@ STAGES: tuple[Stage, ...] = (
         settings="ray_ds.config.evaluate:EvaluateSettings",
         reads=(("Checkpoint", "QuantizedModel"), ("TokenShards",)),
         writes="EvalReport",
-        version=2,
+        version=3,
         resources="Ray tasks, `num_workers` CPUs or GPUs",
         sources="ray_ds.evaluate.task_files:fingerprint_tasks",
     ),
