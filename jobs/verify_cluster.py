@@ -3,7 +3,7 @@
 ray job submit --working-dir . -- python -m jobs.verify_cluster --run_dir /shared/runs
 """
 
-from ray_ds.cli import run_verify
+from ray_ds.job import run_verify
 
 if __name__ == "__main__":
     run_verify()

@@ -156,6 +156,12 @@ class TeacherLogits(Artifact):
     kind = "TeacherLogits"
 
 
+class ReferenceLogProbs(Artifact):
+    """What DPO's reference says to pairs of answers: log-probabilities in `train/*.arrow`, `validation/*.arrow`."""
+
+    kind = "ReferenceLogProbs"
+
+
 class QuantizedModel(Artifact):
     """An INT8 model: `model/` in the compressed-tensors layout with `tokenizer.json`."""
 
@@ -176,7 +182,17 @@ class Endpoint(Artifact):
 
 KINDS: Mapping[str, type[Artifact]] = {
     cls.kind: cls
-    for cls in (Corpus, Tokenizer, TokenShards, Checkpoint, TeacherLogits, QuantizedModel, EvalReport, Endpoint)
+    for cls in (
+        Corpus,
+        Tokenizer,
+        TokenShards,
+        Checkpoint,
+        TeacherLogits,
+        ReferenceLogProbs,
+        QuantizedModel,
+        EvalReport,
+        Endpoint,
+    )
 }
 
 A = TypeVar("A", bound=Artifact)

@@ -16,6 +16,7 @@ from ray_ds.artifacts import (
     Endpoint,
     EvalReport,
     QuantizedModel,
+    ReferenceLogProbs,
     TeacherLogits,
     TokenShards,
     check_input,
@@ -150,6 +151,8 @@ def _facts(artifact: Artifact) -> dict[str, JsonValue]:
             return shown | ({"best_step": facts["model_step"]} if is_best else {})
         case TeacherLogits():
             return {"teacher_logits_bytes": facts["bytes"]}
+        case ReferenceLogProbs():
+            return {"reference_log_probs_bytes": facts["bytes"]}
         case EvalReport() if facts["model_kind"] == Checkpoint.kind:
             scores = {"validation_bits_per_byte": facts["bits_per_byte"]}
             return scores | {name: facts[name] for name in _BASELINES if name in facts} | _task_scores(facts, "")

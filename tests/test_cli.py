@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from ray_ds import cli
+from ray_ds import cli, job
 from ray_ds.errors import ConfigError, RayDsError
 
 PROJECT = Path(__file__).parent.parent
@@ -55,14 +55,14 @@ def test_other_failures_exit_with_1() -> None:
     def fail() -> int:
         raise RayDsError("lost")
 
-    assert cli._guard(fail) == 1
+    assert job.exit_status(fail) == 1
 
 
 def test_a_users_mistake_is_printed_whole(capsys: pytest.CaptureFixture[str]) -> None:
     def fail() -> int:
         raise ConfigError("field", 3, "must be 4", "raise it")
 
-    assert cli._guard(fail) == 2
+    assert job.exit_status(fail) == 2
     assert capsys.readouterr().err == "error: field (3) must be 4; raise it.\n"
 
 
@@ -72,9 +72,9 @@ def test_show_and_version_exit_with_0(capsys: pytest.CaptureFixture[str]) -> Non
     assert run("--version") == 0
 
 
-@pytest.mark.parametrize("job", ["clean_text", "run_recipe"])
-def test_a_job_refuses_relative_paths_with_2(job: str) -> None:
-    command = [sys.executable, "-m", f"jobs.{job}", "--recipe", DEMO]
+@pytest.mark.parametrize("name", ["clean_text", "run_recipe"])
+def test_a_job_refuses_relative_paths_with_2(name: str) -> None:
+    command = [sys.executable, "-m", f"jobs.{name}", "--recipe", DEMO]
     result = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
     assert result.returncode == 2
     assert "run_dir (runs/demo) must be absolute" in result.stderr and "Traceback" not in result.stderr
@@ -89,10 +89,10 @@ def test_a_step_that_another_job_finished_meanwhile_is_left_alone(monkeypatch: p
         return known.get(name, lambda: None)
 
     found = iter([None, SimpleNamespace(uri="/runs/clean/0123")])  # before the lock is taken, and after
-    monkeypatch.setattr(cli, "find_finished", lambda *_: next(found))
-    monkeypatch.setattr(cli, "prepare_run", lambda *_: SimpleNamespace(uri="/runs/clean/0123"))
-    monkeypatch.setattr(cli, "load_object", load)
+    monkeypatch.setattr(job, "find_finished", lambda *_: next(found))
+    monkeypatch.setattr(job, "prepare_run", lambda *_: SimpleNamespace(uri="/runs/clean/0123"))
+    monkeypatch.setattr(job, "load_object", load)
     step: Any = SimpleNamespace(name="clean", stage=SimpleNamespace(function="the stage"))
     recipe: Any = SimpleNamespace()
-    cli.run_step(recipe, step)
+    job.run_step(recipe, step)
     assert next(found, None) is None, "it was looked for twice"

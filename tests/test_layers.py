@@ -36,6 +36,8 @@ FLOORS = {
     "submit": 5,
     "pipeline": 5,
     "verify": 5,
+    "commands": 5,
+    "job": 5,
     "cli": 5,
 }
 SIDEWAYS = {

@@ -288,6 +288,19 @@ def test_a_teacher_is_a_checkpoint_or_its_stored_logits(tmp_path: Path) -> None:
     ]
 
 
+def test_dpo_names_the_log_probabilities_of_its_reference(tmp_path: Path) -> None:
+    stored = '[[step]]\nstage = "reference_log_probs"\nsettings.seq_len = 16\n[[step]]\nname = "tuned"'
+    text = TUNING.replace('[[step]]\nname = "tuned"', stored)
+    text = text.replace('init_from = "base"', 'init_from = "base"\nreference = "reference_log_probs"')
+    path = tmp_path / "t.toml"
+    path.write_text(text.replace("lora = { rank = 4 }", 'objective = { kind = "dpo" }'))
+    reference = load_recipe(str(path)).step("tuned").named["reference"]
+    assert not isinstance(reference, str) and reference.name == "reference_log_probs"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=r"tuned.reference \(given\) has no effect unless objective.kind = .dpo."):
+        load_recipe(str(path))
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [

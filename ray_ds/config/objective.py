@@ -22,7 +22,11 @@ class NextToken:
 
 @settings
 class Dpo:
-    """Direct preference optimisation (arXiv 2305.18290) on pairs of answers; its reference is the first model."""
+    """Direct preference optimisation (arXiv 2305.18290) on pairs of answers; its reference is the first model.
+
+    That is kept in memory beside the one that is trained, unless the step names as its `reference` what a
+    `reference_log_probs` step stored of it.
+    """
 
     kind: Literal["dpo"]
     """Selects this objective."""

@@ -204,10 +204,10 @@ class TrainSettings:
         return copy
 
     def check_named(self, names: frozenset[str], *, where: str) -> None:
-        """Refuse a model from two places or none, and a teacher or a start that is missing or of no use.
+        """Refuse a model from two places or none, and a start, a teacher or a reference that is missing or of no use.
 
         Args:
-            names: the inputs that the step names by keys of their own, `init_from` and `teacher`.
+            names: the inputs that the step names by keys of their own, `init_from`, `teacher` and `reference`.
         """
         has_start, has_teacher = "init_from" in names, "teacher" in names
         if has_start and self.model is not None:
@@ -224,6 +224,9 @@ class TrainSettings:
             value = "given" if has_teacher else "missing"
             allowed = 'must be named with objective.kind = "distill", and only then'
             raise ConfigError(f"{where}.teacher", value, allowed, "add or remove it, beside stage")
+        if "reference" in names and self.objective.kind != "dpo":
+            allowed = 'has no effect unless objective.kind = "dpo"'
+            raise ConfigError(f"{where}.reference", "given", allowed, "remove it")
 
     @property
     def worker_range(self) -> tuple[int, int]:

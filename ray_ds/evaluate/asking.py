@@ -48,7 +48,7 @@ def ask_task(
         if task.generate is not None:
             tokens = _encode_prompt(task, question, tokenizer, chat)
             room = len(tokens) + task.generate.max_new_tokens - 1
-            fitting = fit_prompt(tokens, task.generate.max_new_tokens, seq_len)
+            fitting = fit_prompt(tokens, task.generate.max_new_tokens, seq_len, tokenizer.bos_id)
             if fitting is not None:
                 prompts.append(
                     Prompt(
@@ -63,7 +63,7 @@ def ask_task(
         else:
             encoded = _encode_choices(task, question, tokenizer, chat)
             room = max(len(own.inputs) for own in encoded)
-            shorter = cut_left(encoded, seq_len)
+            shorter = cut_left(encoded, seq_len, tokenizer.bos_id)
             fitting = None if shorter is None else ()
             continuations |= {(number, i, choice): own for choice, own in enumerate(shorter or ())}
         if room > seq_len:
@@ -80,7 +80,7 @@ def _encode_prompt(
 ) -> tuple[int, ...]:
     """Return the tokens that an answer follows."""
     if not task.chat:
-        return (tokenizer.bos_id, *tokenizer.encode(question.prompt))
+        return tuple(tokenizer.encode_prompt(question.prompt))
     assert chat is not None
     try:
         return tuple(chat.encode_prompt(question.messages))

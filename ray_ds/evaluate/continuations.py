@@ -36,8 +36,8 @@ class Continuation:
     """Tokens, of which those from `start` on are to be judged."""
 
     tokens: tuple[int, ...]
-    """Begins with BOS."""
     start: int
+    """At least 1: a model must be given something."""
 
     @property
     def inputs(self) -> tuple[int, ...]:
@@ -69,16 +69,24 @@ class Row:
         return min(own.start for _, own in self.continuations) - 1
 
 
-def encode_choices(tokenizer: BpeTokenizer, prompt: str, texts: Sequence[str]) -> list[Continuation]:
+def encode_choices(
+    tokenizer: BpeTokenizer, prompt: str, texts: Sequence[str], opening: Sequence[int] = ()
+) -> list[Continuation]:
     """Return a prompt's continuations by each of some texts.
 
     Prompt and text are encoded as one, as they would be in training. What is judged begins at the first token in which
     any of the texts, or the prompt's end, makes a difference, so that a blank at the prompt's end, which tokens of
     words begin with, is judged with the text; it is the same place for all texts.
+
+    Args:
+        opening: tokens in front of the prompt; without them BOS, where the tokenizer puts it or nothing else is there.
     """
     alone, *wholes = tokenizer.encode_batch([prompt, *(prompt + text for text in texts)])
     shared = min(_shared_length(alone, whole) for whole in wholes)
-    return [Continuation(tokens=(tokenizer.bos_id, *whole), start=1 + shared) for whole in wholes]
+    before = tuple(opening)
+    if not before and (tokenizer.marks.adds_bos or not shared):
+        before = (tokenizer.bos_id,)
+    return [Continuation(tokens=(*before, *whole), start=len(before) + shared) for whole in wholes]
 
 
 def _shared_length(a: Sequence[int], b: Sequence[int]) -> int:
@@ -86,18 +94,19 @@ def _shared_length(a: Sequence[int], b: Sequence[int]) -> int:
     return next((i for i in range(length) if a[i] != b[i]), length)
 
 
-def cut_left(continuations: Sequence[Continuation], seq_len: int) -> list[Continuation] | None:
+def cut_left(continuations: Sequence[Continuation], seq_len: int, bos_id: int) -> list[Continuation] | None:
     """Return continuations of one prompt that fit a model that sees `seq_len` tokens: the prompt loses its beginning.
 
-    BOS stays, and all lose equally much. None where a text alone is too long.
+    BOS stays where it begins with it, and all lose equally much. None where a text alone is too long.
     """
     surplus = max(len(own.inputs) for own in continuations) - seq_len
     if surplus <= 0:
         return list(continuations)
     if any(own.start - surplus < 1 for own in continuations):
         return None
+    kept = int(continuations[0].tokens[0] == bos_id)
     return [
-        Continuation(tokens=(own.tokens[0], *own.tokens[1 + surplus :]), start=own.start - surplus)
+        Continuation(tokens=own.tokens[:kept] + own.tokens[kept + surplus :], start=own.start - surplus)
         for own in continuations
     ]
 

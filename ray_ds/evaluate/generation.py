@@ -21,7 +21,6 @@ class Prompt:
     key: Key
     """What its answer is kept under."""
     tokens: tuple[int, ...]
-    """Begins with BOS."""
     max_new_tokens: int
     stop: tuple[str, ...]
     temperature: float = 0.0
@@ -40,14 +39,14 @@ class Answer:
     """Whether a stop text or the end of the document ended it, rather than `max_new_tokens`."""
 
 
-def fit_prompt(tokens: tuple[int, ...], max_new_tokens: int, seq_len: int) -> tuple[int, ...] | None:
+def fit_prompt(tokens: tuple[int, ...], max_new_tokens: int, seq_len: int, bos_id: int) -> tuple[int, ...] | None:
     """Return a prompt that leaves room for its answer in a model that sees `seq_len` tokens, its beginning cut off.
 
-    None where the answer alone takes all room.
+    BOS stays where it begins with it. None where the answer alone takes all room.
     """
     # The last token written is never read.
     room = Continuation(tokens=tokens + (0,) * max_new_tokens, start=len(tokens))
-    fitting = cut_left([room], seq_len)
+    fitting = cut_left([room], seq_len, bos_id)
     return None if fitting is None else fitting[0].tokens[: fitting[0].start]
 
 
@@ -132,8 +131,8 @@ class _Writer:
         return float(self._random.random())
 
     def push(self, token: int) -> None:
-        """Add a token; the beginning of the next document ends the answer, as training shows it."""
-        if token in (self._tokenizer.bos_id, self._tokenizer.eos_id):
+        """Add a token; one that ends an answer or begins another text is none of it, as in serving."""
+        if token in self._tokenizer.stop_ids:
             self.is_stopped = True
             return
         self.tokens.append(token)

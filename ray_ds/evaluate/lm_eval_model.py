@@ -1,9 +1,10 @@
 """A Checkpoint or QuantizedModel as a model of lm-evaluation-harness, an optional package, for its tasks and yours.
 
-    model = open_forlm_eval_module("/runs/demo/pretrain/0123456789abcdef")
+    model = open_for_lm_eval("/runs/demo/pretrain/0123456789abcdef")
     lm_eval.simple_evaluate(model=model, tasks=["mine"], task_manager=TaskManager(include_path="/sets/tasks"))
 
-Prompts that are too long lose their beginning, as with the harness's own models, but keep BOS; `num_cut` counts them.
+With `apply_chat_template=True` questions are asked in the turns of the model's own chat template. Prompts that are too
+long lose their beginning, as with the harness's own models, but keep BOS; `num_cut` counts them.
 """
 
 import importlib
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ray_ds.artifacts import Artifact, Checkpoint, QuantizedModel, open_artifact
+from ray_ds.chat.encoding import ChatEncoder
+from ray_ds.chat.template import Message
 from ray_ds.errors import ConfigError, InputError
 from ray_ds.evaluate.continuations import (
     Continuation,
@@ -24,7 +27,8 @@ from ray_ds.evaluate.continuations import (
     plan_rows,
 )
 from ray_ds.evaluate.generation import Answer, Prompt, batch_prompts, fit_prompt
-from ray_ds.evaluate.models import load_model
+from ray_ds.evaluate.lm_eval_chats import LmEvalChats
+from ray_ds.evaluate.models import load_model, open_chat
 from ray_ds.evaluate.tasks import Batch, Result, run_batch
 from ray_ds.model.local_folder import MODEL_FOLDER
 from ray_ds.tokenizer import BpeTokenizer, load_tokenizer
@@ -55,7 +59,10 @@ def open_for_lm_eval(
         return {key: own for batch in batches for key, own in run_batch(decoder, tokenizer, batch, device).items()}
 
     seq_len = decoder.config.max_position_embeddings
-    return as_lm_eval_model(LmEvalAnswers(run_batches, tokenizer, seq_len=seq_len, micro_batch=micro_batch))
+    encoder = open_chat(artifact, tokenizer)
+    return as_lm_eval_model(
+        LmEvalAnswers(run_batches, tokenizer, seq_len=seq_len, micro_batch=micro_batch, encoder=encoder)
+    )
 
 
 def check_lm_eval(field: str) -> None:
@@ -77,12 +84,15 @@ class LmEvalAnswers:
         *,
         seq_len: int,
         micro_batch: int,
+        encoder: ChatEncoder | None = None,
     ) -> None:
         """Answer by a model that sees `seq_len` tokens.
 
         Args:
             run_batches: returns what the model says to batches, each of `micro_batch` rows or prompts at most.
+            encoder: how the model reads messages, if it has a chat template.
         """
+        self.chats = LmEvalChats(encoder, tokenizer) if encoder is not None else None
         self.num_cut = 0
         """Prompts that lost their beginning so far."""
         self._run_batches = run_batches
@@ -93,13 +103,15 @@ class LmEvalAnswers:
     def loglikelihood(self, requests: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
         """Return for each (context, continuation) its log-probability, and whether greedy decoding would write it.
 
-        As with the harness's own models, white space at a context's end is judged with the continuation.
+        As with the harness's own models, white space at a context's end is judged with the continuation; but a chat's
+        answer is encoded apart from the words that ask for it, as it is learnt.
         """
         asked: dict[Key, Continuation] = {}
         for i, (context, continuation) in enumerate(requests):
-            stripped = context.rstrip()
-            encoded = encode_choices(self._tokenizer, stripped, [context[len(stripped) :] + continuation])
-            fitting = cut_left(encoded, self._seq_len)
+            opening, text = self._opening(context)
+            stripped = text.rstrip()
+            encoded = encode_choices(self._tokenizer, stripped, [text[len(stripped) :] + continuation], opening)
+            fitting = cut_left(encoded, self._seq_len, self._tokenizer.bos_id)
             if fitting is None:
                 raise _too_long(continuation, self._seq_len)
             self.num_cut += fitting != encoded
@@ -124,8 +136,9 @@ class LmEvalAnswers:
         prompts: list[Prompt] = []
         for i, (context, options) in enumerate(requests):
             length = int(next((options[name] for name in _LENGTH_NAMES if name in options), DEFAULT_NEW_TOKENS))
-            tokens = (self._tokenizer.bos_id, *self._tokenizer.encode(context))
-            fitting = fit_prompt(tokens, length, self._seq_len)
+            opening, text = self._opening(context)
+            tokens = (*opening, *(self._tokenizer.encode(text) if opening else self._tokenizer.encode_prompt(text)))
+            fitting = fit_prompt(tokens, length, self._seq_len, self._tokenizer.bos_id)
             if fitting is None:
                 raise _too_long(f"max_gen_toks {length}", self._seq_len)
             self.num_cut += fitting != tokens
@@ -142,6 +155,10 @@ class LmEvalAnswers:
             )
         found = self._run_batches(list(batch_prompts(prompts, self._micro_batch)))
         return [answer.text for i in range(len(requests)) if isinstance(answer := found[i,], Answer)]
+
+    def _opening(self, context: str) -> tuple[tuple[int, ...], str]:
+        """Return the tokens that a context begins with, if it is a chat, and the text behind them."""
+        return ((), context) if self.chats is None else self.chats.opening(context)
 
     def _score(self, asked: Mapping[Key, Continuation]) -> dict[Key, Likelihood]:
         found = self._run_batches(list(cut_batches(plan_rows(asked), self._micro_batch, self._tokenizer.vocab_size)))
@@ -171,6 +188,17 @@ def as_lm_eval_model(answers: LmEvalAnswers) -> Any:
         def tokenizer_name(self) -> str:
             """Return what the harness tells cached requests apart by."""
             return "ray_ds"
+
+        def chat_template(self, chat_template: bool | str = False) -> str:
+            """Return the template that `apply_chat_template` uses, for the harness's records."""
+            return answers.chats.template if answers.chats is not None else ""
+
+        def apply_chat_template(self, chat_history: list[Message], add_generation_prompt: bool = True) -> str:
+            """Return messages as text."""
+            if answers.chats is None:
+                action = "evaluate a model that was trained on shards of tokenize_chat, or leave it out"
+                raise ConfigError("apply_chat_template", True, "needs a model with a chat template", action)
+            return answers.chats.render(chat_history, add_generation_prompt=add_generation_prompt)
 
         def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
             """Answer `loglikelihood` requests."""

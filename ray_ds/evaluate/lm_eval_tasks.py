@@ -50,6 +50,9 @@ def run_harness(answers: LmEvalAnswers, settings: LmEvalSettings, field: str) ->
             limit=settings.max_items,
             bootstrap_iters=NUM_RESAMPLES,
             log_samples=False,
+            apply_chat_template=settings.apply_chat_template,
+            fewshot_as_multiturn=bool(settings.fewshot_as_multiturn),
+            system_instruction=settings.system_instruction,
             random_seed=settings.seed,
             numpy_random_seed=settings.seed,
             torch_random_seed=settings.seed,
@@ -58,6 +61,7 @@ def run_harness(answers: LmEvalAnswers, settings: LmEvalSettings, field: str) ->
     return {
         "version": found["lm_eval_version"],
         "cut": answers.num_cut,
+        "chat": settings.apply_chat_template,
         "tasks": {name: _facts(name, found) for name in found["results"]},
     }
 

@@ -61,7 +61,8 @@ def _lm_eval_rows(found: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
             value, stderr = score["score"], score["stderr"]
             interval = "-" if stderr is None else f"{value - Z * stderr:.4g} to {value + Z * stderr:.4g}"
             items = "-" if own["items"] is None else f"{own['items']:,}"
-            notes = [f"lm_eval {found['version']}", _count(own["shots"] or 0, "shot"), cut and f"{cut} cut in all"]
+            shots, chat = _count(own["shots"] or 0, "shot"), "chat" * found.get("chat", False)
+            notes = [f"lm_eval {found['version']}", shots, chat, cut and f"{cut} cut in all"]
             note = "; ".join(filter(None, notes))
             yield task, metric, f"{value:.4g}", interval, items, note
 

@@ -19,8 +19,6 @@ from ray.util import ActorPool
 
 from ray_ds import storage
 from ray_ds.artifacts import Artifact, Checkpoint, QuantizedModel, TokenShards
-from ray_ds.chat.encoding import ChatEncoder
-from ray_ds.chat.template import TEMPLATE_FILE, ChatTemplate
 from ray_ds.config.evaluate import EvaluateSettings
 from ray_ds.data.shards import TokenSplit
 from ray_ds.errors import ArtifactError, ConfigError, InputError
@@ -29,6 +27,7 @@ from ray_ds.evaluate.bleu import check_sacrebleu
 from ray_ds.evaluate.compression import conditional_bits_per_byte, xz_bytes
 from ray_ds.evaluate.lm_eval_model import LmEvalAnswers
 from ray_ds.evaluate.lm_eval_tasks import OFFLINE, check_tasks, run_harness
+from ray_ds.evaluate.models import open_chat
 from ray_ds.evaluate.ngrams import BLOCK_TOKENS, bigram_nats, fit_bigram
 from ray_ds.evaluate.outcomes import OUTCOMES_FILE, Outcome, write_outcomes
 from ray_ds.evaluate.perplexity import Score, bits_per_byte, micro_batches
@@ -43,7 +42,7 @@ from ray_ds.on_ray.preflight import check_cluster
 from ray_ds.on_ray.scorers import EvaluateJob, answer_batches, running_scorers
 from ray_ds.on_ray.user_errors import user_errors
 from ray_ds.stage_run import StageRun
-from ray_ds.tokenizer import BpeTokenizer, load_tokenizer
+from ray_ds.tokenizer import load_tokenizer
 
 T = TypeVar("T")
 
@@ -66,6 +65,7 @@ def evaluate(settings: EvaluateSettings, run: StageRun) -> Artifact:
         field=f"{run.step}.num_workers",
     )
     spans, num_bytes = plan_validation(settings, shards)
+    check_lm_eval_chats(settings, model, run.step)
     questions = ask_tasks(settings, model, run.step)
     job = EvaluateJob(model=model, shards=shards, settings=settings, device=device, spans=spans)
     if settings.lm_eval is not None:
@@ -113,21 +113,25 @@ def ask_tasks(settings: EvaluateSettings, model: Artifact, step: str) -> list[As
         if task.generate is not None and "bleu" in task.generate.metrics:
             check_sacrebleu(f"{step}.tasks.{i}.generate.metrics")
         if task.chat and chat is None:
-            allowed = f"needs a chat template, which the model {model.uri} does not have"
-            action = "evaluate a model that was trained on shards of tokenize_chat, or leave chat out"
-            raise ConfigError(f"{step}.tasks.{i}.chat", True, allowed, action)
+            raise _no_template(model, f"{step}.tasks.{i}", "chat")
     return [
         ask_task(number, task, read_questions(task), tokenizer, settings.seq_len, chat)
         for number, task in enumerate(settings.tasks)
     ]
 
 
-def open_chat(model: Artifact, tokenizer: BpeTokenizer) -> ChatEncoder | None:
-    """Return how a model reads messages, if it has a chat template."""
-    uri = model.path(MODEL_FOLDER, TEMPLATE_FILE)
-    if not storage.exists(uri):
-        return None
-    return ChatEncoder(ChatTemplate(storage.read_bytes(uri).decode()), tokenizer)
+def check_lm_eval_chats(settings: EvaluateSettings, model: Artifact, step: str) -> None:
+    """Refuse lm-evaluation-harness's tasks as chats with a model that has no chat template."""
+    if settings.lm_eval is not None and settings.lm_eval.apply_chat_template:
+        tokenizer = load_tokenizer(model.path(MODEL_FOLDER, "tokenizer.json"))
+        if open_chat(model, tokenizer) is None:
+            raise _no_template(model, f"{step}.lm_eval", "apply_chat_template")
+
+
+def _no_template(model: Artifact, where: str, name: str) -> ConfigError:
+    allowed = f"needs a chat template, which the model {model.uri} does not have"
+    action = f"evaluate a model that was trained on shards of tokenize_chat, or leave {name} out"
+    return ConfigError(f"{where}.{name}", True, allowed, action)
 
 
 def check_same_tokenizer(model: Artifact, shards: TokenShards) -> None:
@@ -207,11 +211,13 @@ def in_own_process(work: Callable[..., T], *arguments: Any) -> T:
 def ask_lm_eval(scorers: list[Any], job: EvaluateJob, field: str) -> dict[str, JsonValue]:
     """Run the harness's tasks with the model that the actors hold."""
     assert job.settings.lm_eval is not None
+    tokenizer = load_tokenizer(job.model.path(MODEL_FOLDER, "tokenizer.json"))
     answers = LmEvalAnswers(
         lambda batches: answer_batches(scorers, batches),
-        load_tokenizer(job.model.path(MODEL_FOLDER, "tokenizer.json")),
+        tokenizer,
         seq_len=job.settings.seq_len,
         micro_batch=job.settings.micro_batch,
+        encoder=open_chat(job.model, tokenizer),
     )
     return run_harness(answers, job.settings.lm_eval, field)
 

@@ -1,6 +1,5 @@
 """The train stage: TokenShards -> Checkpoint, on Ray Train with DeepSpeed; also fine-tuning of a Checkpoint."""
 
-import json
 import time
 from collections.abc import Mapping
 from typing import Literal
@@ -9,17 +8,13 @@ import ray
 import torch
 
 from ray_ds import storage
-from ray_ds.artifacts import Artifact, Checkpoint, TeacherLogits, TokenShards
-from ray_ds.config.model import ModelConfig
+from ray_ds.artifacts import Artifact, Checkpoint, ReferenceLogProbs, TeacherLogits, TokenShards
 from ray_ds.config.model_size import num_parameters
-from ray_ds.config.objective import Distill
 from ray_ds.config.train import TrainSettings
-from ray_ds.data.rows import ROW_KIND, PackedRows, RowKind, check_any_row
+from ray_ds.data.rows import PackedRows, check_any_row
 from ray_ds.data.shards import Split
-from ray_ds.errors import ArtifactError, ConfigError
+from ray_ds.errors import ConfigError
 from ray_ds.logs import Progress, log_event
-from ray_ds.model.hugging_face import from_hf_config
-from ray_ds.model.local_folder import MODEL_FOLDER
 from ray_ds.on_ray.devices import known_gpu_fleet
 from ray_ds.on_ray.gauges import TrainGauges
 from ray_ds.on_ray.preflight import check_cluster
@@ -32,6 +27,7 @@ from ray_ds.tokenizer import load_tokenizer
 from ray_ds.train.batches import check_cache, open_task_rows
 from ray_ds.train.checkpoints import METRICS
 from ray_ds.train.checkpoints.folders import delete_file
+from ray_ds.train.inputs import check_reference, check_row_kind, check_teacher_logits, read_model
 from ray_ds.train.metrics import SHOWN
 from ray_ds.train.task import TrainTask
 from ray_ds.train.trackers import check_trackers
@@ -79,11 +75,11 @@ def make_task(settings: TrainSettings, shards: TokenShards, run: StageRun) -> Tr
     """Return what the workers are told.
 
     Raises:
-        ArtifactError: a checkpoint does not go with the shards.
+        ArtifactError: a checkpoint, or what was stored of one, does not go with the shards.
         ConfigError: rows are longer than the model takes, or the objective wants other shards.
     """
     tokenizer = load_tokenizer(shards.path("tokenizer.json"))
-    start, teacher = (run.named.get(name) for name in ("init_from", "teacher"))
+    start, teacher, reference = (run.named.get(name) for name in ("init_from", "teacher", "reference"))
     if start is not None:
         config = read_model(start, shards, seq_len=settings.seq_len, step=run.step)
         settings = settings.for_model(config)
@@ -93,6 +89,9 @@ def make_task(settings: TrainSettings, shards: TokenShards, run: StageRun) -> Tr
         check_teacher_logits(teacher, shards, settings, run.step)
     elif teacher is not None:
         read_model(teacher, shards, seq_len=settings.seq_len, step=run.step)
+    if isinstance(reference, ReferenceLogProbs):
+        assert isinstance(start, Checkpoint), "the recipe was checked"
+        check_reference(reference, start, shards, settings, run.step)
     return TrainTask(
         settings=settings,
         config=config,
@@ -101,6 +100,7 @@ def make_task(settings: TrainSettings, shards: TokenShards, run: StageRun) -> Tr
         init_from=None if start is None else start.uri,
         teacher=teacher.uri if isinstance(teacher, Checkpoint) else None,
         teacher_logits=teacher.uri if isinstance(teacher, TeacherLogits) else None,
+        reference_log_probs=None if reference is None else reference.uri,
         checkpoints=run.work_path(CHECKPOINTS),
         output=run.uri,
         bos_token_id=tokenizer.bos_id,
@@ -108,76 +108,6 @@ def make_task(settings: TrainSettings, shards: TokenShards, run: StageRun) -> Tr
         device=choose_device(settings, run.step),
         job_started=time.time(),
     )
-
-
-def read_model(checkpoint: Artifact, shards: TokenShards, *, seq_len: int, step: str) -> ModelConfig:
-    """Return what a checkpoint's model is, if it goes with the shards.
-
-    Raises:
-        ArtifactError: it has another tokenizer, or knows fewer tokens.
-        ConfigError: rows are longer than it takes.
-    """
-    config = from_hf_config(json.loads(storage.read_bytes(checkpoint.path(MODEL_FOLDER, "config.json"))))
-    check_same_tokenizer(checkpoint, shards)
-    if config.vocab_size < shards.fact("vocab_size"):
-        allowed = f"must be at least the {shards.fact('vocab_size')} tokens of the shards"
-        raise ArtifactError(f"{checkpoint.uri}: vocab_size", config.vocab_size, allowed, "use a checkpoint made for it")
-    if seq_len > config.max_position_embeddings:
-        allowed = f"must be at most {config.max_position_embeddings}, what {checkpoint.uri} was made for"
-        raise ConfigError(f"{step}.seq_len", seq_len, allowed, "lower it")
-    return config
-
-
-def check_same_tokenizer(artifact: Artifact, shards: TokenShards) -> None:
-    """Refuse what has another tokenizer than the shards."""
-    found, wanted = artifact.fact("tokenizer_digest"), shards.fact("tokenizer_digest")
-    if found != wanted:
-        allowed = f"must have the tokenizer of the shards, {wanted}, or its tokens mean other text"
-        raise ArtifactError(artifact.uri, f"tokenizer {found}", allowed, "tokenize the text with its own tokenizer")
-
-
-def check_teacher_logits(logits: TeacherLogits, shards: TokenShards, settings: TrainSettings, step: str) -> None:
-    """Refuse logits that a teacher did not say to the rows that are trained on.
-
-    Raises:
-        ArtifactError: they are of other shards or tokens, or lie on an object store where the shards do not.
-        ConfigError: rows, or the temperature, are others.
-    """
-    check_same_tokenizer(logits, shards)
-    found = next(ref for ref in logits.manifest.inputs if ref.kind == TokenShards.kind)
-    if found.content_sha256 != shards.content_sha256:
-        value = f"made from the shards {found.uri}, {found.content_sha256[:12]}"
-        allowed = f"must be made from those that are trained on, {shards.uri}, {shards.content_sha256[:12]}"
-        raise ArtifactError(logits.uri, value, allowed, "name both in `from`, or store the logits of these shards")
-    if storage.is_remote(logits.uri) and not storage.is_remote(shards.uri):
-        allowed = "must lie on a disk where the shards do"
-        raise ArtifactError("teacher", logits.uri, allowed, "copy them there, or the shards to the object store")
-    assert isinstance(settings.objective, Distill), "the recipe was checked"
-    shared = {
-        "seq_len": settings.seq_len,
-        "document_mask": settings.document_mask,
-        "objective.temperature": settings.objective.temperature,
-    }
-    for field, own in shared.items():
-        stored = logits.fact(field.rsplit(".", 1)[-1])
-        if own != stored:
-            raise ConfigError(f"{step}.{field}", own, f"must be that of the stored logits, {stored}", "correct one")
-
-
-def check_row_kind(shards: TokenShards, settings: TrainSettings, step: str) -> RowKind:
-    """Return how the shards become rows.
-
-    Raises:
-        ConfigError: the objective wants other shards.
-    """
-    kind: RowKind = shards.manifest.facts.get(ROW_KIND, "stream")  # type: ignore[assignment]
-    if (kind == "preference") != (settings.objective.kind == "dpo"):
-        allowed = "must be dpo on preference shards, and only there; these are " + kind
-        raise ConfigError(f"{step}.objective.kind", settings.objective.kind, allowed, "name other shards in `from`")
-    if settings.document_mask and kind != "stream":
-        allowed = "has no effect on conversations, which never see each other"
-        raise ConfigError(f"{step}.document_mask", True, allowed, "remove it")
-    return kind
 
 
 def choose_device(settings: TrainSettings, step: str) -> Device:
@@ -222,7 +152,7 @@ def check_task(task: TrainTask, run: StageRun) -> None:
     for checkpoint in (artifact for artifact in named if isinstance(artifact, Checkpoint)):
         checkpoint.verify_files()
     check_memory(task, run.step)
-    large = [artifact for artifact in named if isinstance(artifact, TeacherLogits)]
+    large = [artifact for artifact in named if isinstance(artifact, TeacherLogits | ReferenceLogProbs)]
     for artifact in (*large, run.input(TokenShards)):  # last, for they are read as a whole
         if not storage.is_remote(artifact.uri):  # those on an object store are checked when a node fetches them
             artifact.verify_files()

@@ -13,16 +13,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ray_ds import storage
-from ray_ds.artifacts import TeacherLogits, open_artifact
+from ray_ds.artifacts import ReferenceLogProbs, TeacherLogits, open_artifact
 from ray_ds.config.train import TrainSettings
+from ray_ds.data.reference_log_probs import open_log_probs
 from ray_ds.data.rows import NO_TARGET, Rows, open_rows
 from ray_ds.data.sampler import Sampler
 from ray_ds.data.shard_cache import ShardCache
 from ray_ds.data.shards import Split, TokenSplit
-from ray_ds.data.teacher_logits import StoredLogits
+from ray_ds.data.stored_rows import StoredRows
+from ray_ds.data.teacher_logits import open_logits
 from ray_ds.errors import ConfigError
 from ray_ds.model.loss import IGNORED_TARGET
-from ray_ds.train.objective import MicroBatch, TopLogits
+from ray_ds.train.objective import MicroBatch
 from ray_ds.train.task import TrainTask
 
 READ_AHEAD = 2
@@ -41,17 +43,19 @@ def open_split(shards: str, split: Split, cache_bytes: int = SHARD_CACHE_BYTES) 
     return TokenSplit.open(shards, split, ShardCache(folder, cache_bytes))
 
 
-def open_task_rows(task: TrainTask, name: Split) -> tuple[Rows, StoredLogits | None]:
-    """Return the rows of a split that a task trains on, and what a teacher said to them where it distils that.
+def open_task_rows(task: TrainTask, name: Split) -> tuple[Rows, StoredRows | None]:
+    """Return the rows of a split that a task trains on, and what another model said to them where that was stored.
 
     Raises:
-        ArtifactError: what it said is of other rows.
+        ArtifactError: it was said to other rows.
     """
     split = open_split(task.shards, name, task.settings.shard_cache_bytes)
     rows = open_rows(split, task.rows, task.settings.seq_len)
-    if task.teacher_logits is None:
-        return rows, None
-    return rows, StoredLogits(open_artifact(task.teacher_logits, [TeacherLogits]), name, rows)
+    if task.teacher_logits is not None:
+        return rows, open_logits(open_artifact(task.teacher_logits, [TeacherLogits]), name, rows)
+    if task.reference_log_probs is not None:
+        return rows, open_log_probs(open_artifact(task.reference_log_probs, [ReferenceLogProbs]), name, rows)
+    return rows, None
 
 
 def check_cache(split: TokenSplit, settings: TrainSettings, *, field: str) -> None:
@@ -132,10 +136,10 @@ class Batches:
         rank: int,
         world_size: int,
         device: torch.device,
-        teacher: StoredLogits | None = None,
+        stored: StoredRows | None = None,
     ) -> None:
         check_cache(rows.split, settings, field="shard_cache_bytes")
-        self._rows, self._teacher = rows, teacher
+        self._rows, self._stored = rows, stored
         self._split = rows.split
         self._settings = settings
         self._device = device
@@ -167,7 +171,7 @@ class Batches:
         """
         for place in range(len(self._share)):
             self._prepare_from(cursor, place)
-            batch = _to_device(self._ahead.popleft()[1].result(), self._device)
+            batch = on_device(self._ahead.popleft()[1].result(), self._device)
             batches_on, next_place = divmod(place + 1, len(self._share))
             self._prepare_from(cursor + batches_on, next_place)  # after the copy, which the reader would only hold up
             yield batch
@@ -202,7 +206,7 @@ class Batches:
         index = self._share[place]
         if index is not None and self._split.cache is not None:
             self._have_shards(cursor, index)
-        batch = read_rows(self._rows, self._grid.rows(cursor, index), self._settings.seq_len, index, self._teacher)
+        batch = read_rows(self._rows, self._grid.rows(cursor, index), self._settings.seq_len, index, self._stored)
         return _with_tensors(batch, Tensor.pin_memory) if self._device.type == "cuda" else batch
 
     def _have_shards(self, cursor: int, index: int) -> None:
@@ -222,7 +226,7 @@ def validation_batches(
     rank: int,
     world_size: int,
     device: torch.device,
-    teacher: StoredLogits | None = None,
+    stored: StoredRows | None = None,
 ) -> Iterator[MicroBatch]:
     """Yield a rank's part of a fixed grid of evenly spaced rows, filled up with rows without targets.
 
@@ -242,19 +246,19 @@ def validation_batches(
     split.read_ahead(order, len(order))
     for index, part, needed in zip(share, chosen, shards, strict=True):
         split.keep_mapped(needed)
-        yield _to_device(read_rows(rows, part, settings.seq_len, index, teacher), device)
+        yield on_device(read_rows(rows, part, settings.seq_len, index, stored), device)
     split.release()
 
 
 def read_rows(
-    rows: Rows, indices: NDArray[np.int64], seq_len: int, index: int | None, teacher: StoredLogits | None = None
+    rows: Rows, indices: NDArray[np.int64], seq_len: int, index: int | None, stored: StoredRows | None = None
 ) -> MicroBatch:
     """Return rows as a micro-batch with a number in the grid; index -1 gives a row without targets."""
     tokens = np.zeros((len(indices), seq_len), np.int64)
     targets = np.full((len(indices), seq_len), IGNORED_TARGET, np.int64)
     segments = np.zeros((len(indices), seq_len), np.int64)
     terms = 0
-    said = None if teacher is None else teacher.blank(len(indices), seq_len)
+    said = () if stored is None else stored.blank(len(indices))
     for place in np.flatnonzero(indices >= 0):
         row = rows.row(int(indices[place]))
         tokens[place] = row.tokens
@@ -262,11 +266,12 @@ def read_rows(
         if row.segments is not None:
             segments[place] = row.segments
         terms += rows.terms(int(indices[place]))
-        if teacher is not None and said is not None:
-            said.fill(int(place), teacher.row(int(indices[place]), row))
+        if stored is not None:
+            for array, own in zip(said, stored.row(int(indices[place]), row), strict=True):
+                array[place] = own
     held = torch.from_numpy(segments) if rows.is_packed else None
-    top = None if said is None else TopLogits(*map(torch.from_numpy, said))
-    return MicroBatch(torch.from_numpy(tokens), torch.from_numpy(targets), held, terms, index, top)
+    tensors = tuple(map(torch.from_numpy, said))
+    return MicroBatch(torch.from_numpy(tokens), torch.from_numpy(targets), held, terms, index, tensors)
 
 
 def _ignoring(targets: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -280,10 +285,10 @@ def _with_tensors(batch: MicroBatch, change: Callable[[Tensor], Tensor]) -> Micr
         tokens=change(batch.tokens),
         targets=change(batch.targets),
         segments=None if batch.segments is None else change(batch.segments),
-        teacher=None if batch.teacher is None else TopLogits(*map(change, batch.teacher)),
+        stored=tuple(map(change, batch.stored)),
     )
 
 
-def _to_device(batch: MicroBatch, device: torch.device) -> MicroBatch:
+def on_device(batch: MicroBatch, device: torch.device) -> MicroBatch:
     """Return a micro-batch on the device; from pinned memory the copy is made while the device still computes."""
     return _with_tensors(batch, lambda tensor: tensor.to(device, non_blocking=True))

@@ -8,17 +8,6 @@ from torch import Tensor, nn
 from ray_ds.model.decoder import Decoder
 
 
-class TopLogits(NamedTuple):
-    """The k largest logits of a teacher behind each token, and what is left for all others."""
-
-    ids: Tensor
-    """Whose logits they are, (B, T, k), int64."""
-    logits: Tensor
-    """Less the largest one, (B, T, k), any float type."""
-    log_rest: Tensor
-    """Log of the sum of exp((logit - largest) / temperature) over all others, (B, T), fp32."""
-
-
 class MicroBatch(NamedTuple):
     """Rows that go through the model at once, (micro_batch, seq_len) each, int64."""
 
@@ -31,13 +20,14 @@ class MicroBatch(NamedTuple):
     """What its rows add to what the batch's loss is divided by: targets, or pairs of answers."""
     index: int | None = None  # type: ignore[assignment]  # hides `tuple.index`, which nobody calls
     """Its number in the batch's grid, the same for any world size; None for padding, in which no target counts."""
-    teacher: TopLogits | None = None
-    """What a teacher said to the tokens, where that was stored."""
+    stored: tuple[Tensor, ...] = ()
+    """What another model said to the rows, where that was stored: a teacher's `TopLogits`, (B, T, k), (B, T, k) and
+    (B, T), or a reference's log-probabilities of the targets, (B, T)."""
 
     @property
     def inputs(self) -> tuple[Tensor | None, ...]:
         """What an objective is called with."""
-        return (self.tokens, self.targets, self.segments, *(self.teacher or ()))
+        return (self.tokens, self.targets, self.segments, *self.stored)
 
 
 class Objective(nn.Module):

@@ -17,7 +17,7 @@ from ray_ds.model.local_folder import MODEL_FOLDER, local_model_folder
 from ray_ds.train.distillation import DistillObjective
 from ray_ds.train.lora import add_adapters
 from ray_ds.train.objective import NextTokenObjective, Objective
-from ray_ds.train.preference import DpoObjective
+from ray_ds.train.preference import DpoObjective, StoredDpoObjective
 from ray_ds.train.stored_distillation import StoredDistillObjective
 from ray_ds.train.task import TrainTask
 
@@ -53,6 +53,8 @@ def make_objective(task: TrainTask, device: torch.device) -> Objective:
         add_adapters(decoder, settings.lora, settings.seed)
     match settings.objective:
         case Dpo() as dpo:
+            if task.reference_log_probs is not None:
+                return StoredDpoObjective(decoder, dpo)
             assert task.init_from is not None, "the recipe was checked"
             return DpoObjective(decoder, dpo, _load_frozen(task.init_from, task, device))
         case Distill() as distill:

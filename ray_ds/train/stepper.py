@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ray_ds.config.train import TrainSettings
 from ray_ds.data.rows import Rows
-from ray_ds.data.teacher_logits import StoredLogits
+from ray_ds.data.stored_rows import StoredRows
 from ray_ds.model.balance import expert_load, reset_expert_load, update_router_bias
 from ray_ds.train.arrival import Arrival
 from ray_ds.train.batch_pass import BatchPass, masked
@@ -43,8 +43,8 @@ class Stepper:
         self.engine = Engine(self.objective, settings, device=host.device, world_size=host.world_size)
         # A group that divides its rows reads them as one.
         self._reader = {"rank": self.engine.mesh.reader, "world_size": self.engine.mesh.num_readers}
-        rows, teacher = open_task_rows(task, "train")
-        self.batches = Batches(rows, settings, **self._reader, device=host.device, teacher=teacher)
+        rows, stored = open_task_rows(task, "train")
+        self.batches = Batches(rows, settings, **self._reader, device=host.device, stored=stored)
         self._is_fp16 = settings.precision == "fp16"
         self._runs_ahead = may_run_ahead(settings, host.device)
         self._ahead: BatchPass | None = None
@@ -103,16 +103,16 @@ class Stepper:
         reset_expert_load(self.decoder)
 
     @cached_property
-    def _validation(self) -> tuple[Rows, StoredLogits | None]:
-        """The rows of the validation split and what a teacher said to them, opened at the first look."""
+    def _validation(self) -> tuple[Rows, StoredRows | None]:
+        """The rows of the validation split and what was stored for them, opened at the first look."""
         return open_task_rows(self._task, "validation")
 
     def validation_loss(self) -> float:
         """Return the loss on rows of the validation split, a mean over targets or pairs."""
         device = self._host.device
         sums = torch.zeros(2, dtype=torch.float64, device=device)
-        rows, teacher = self._validation
-        for batch in validation_batches(rows, self._settings, **self._reader, device=device, teacher=teacher):
+        rows, stored = self._validation
+        for batch in validation_batches(rows, self._settings, **self._reader, device=device, stored=stored):
             self._host.beat("validation")
             sums[0] += self.engine.loss(masked(batch, self._task))
             sums[1] += batch.terms / self.engine.mesh.rows_shared_by

@@ -6,6 +6,8 @@ distributions would have to be scaled up to 1 (arXiv 2503.16870). The divergence
 is that one where k is the whole vocabulary.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
@@ -13,7 +15,18 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from ray_ds.config.objective import Distill
 from ray_ds.model.decoder import Decoder
 from ray_ds.model.loss import IGNORED_TARGET, chunk_rows, summed_cross_entropy
-from ray_ds.train.objective import Objective, TopLogits, token_logits
+from ray_ds.train.objective import Objective, token_logits
+
+
+class TopLogits(NamedTuple):
+    """The k largest logits of a teacher behind each token, and what is left for all others."""
+
+    ids: Tensor
+    """Whose logits they are, (..., k), int64."""
+    logits: Tensor
+    """Less the largest one, (..., k), any float type."""
+    log_rest: Tensor
+    """Log of the sum of exp((logit - largest) / temperature) over all others, (...), fp32."""
 
 
 class StoredDistillObjective(Objective):

@@ -28,6 +28,8 @@ class TrainTask:
     """Folder of the Checkpoint that is distilled."""
     teacher_logits: str | None = None
     """Folder of the TeacherLogits that are distilled instead."""
+    reference_log_probs: str | None = None
+    """Folder of the ReferenceLogProbs that DPO measures by; absent = it asks the model of `init_from` again."""
     checkpoints: str
     """Folder that unfinished training goes on from."""
     output: str

@@ -9,7 +9,8 @@ import numpy as np
 from ray_ds.artifacts import TeacherLogits
 from ray_ds.data.rows import Row, Rows
 from ray_ds.data.shards import Split
-from ray_ds.data.teacher_logits import LogitArrays, encode_logits, plan_ranges
+from ray_ds.data.stored_rows import encode_rows, plan_ranges
+from ray_ds.data.teacher_logits import LogitArrays
 from tests.stages.small_artifacts import stage_run
 
 TOP_K = 3
@@ -33,8 +34,8 @@ def store_made_up(folder: Path, of_splits: Mapping[Split, Rows]) -> TeacherLogit
             top = LogitArrays(*(np.stack(each) for each in zip(*map(said_to, own), strict=True)))
             path = Path(run.path(split, part.file))
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(encode_logits(own, top))
+            path.write_bytes(encode_rows(own, top._asdict()))
         file_rows[split] = {part.file: part.stop - part.first for part in ranges}
-    artifact = run.commit({"vocab_size": 300, "top_k": TOP_K, "file_rows": file_rows}, seconds=0.0)
+    artifact = run.commit({"seq_len": 16, "top_k": TOP_K, "file_rows": file_rows}, seconds=0.0)
     assert isinstance(artifact, TeacherLogits)
     return artifact

@@ -7,7 +7,8 @@ import pytest
 
 from ray_ds.data.rows import Rows, open_rows
 from ray_ds.data.shards import TokenSplit
-from ray_ds.data.teacher_logits import RowRange, StoredLogits, plan_ranges
+from ray_ds.data.stored_rows import RowRange, plan_ranges
+from ray_ds.data.teacher_logits import open_logits
 from ray_ds.errors import ArtifactError
 from tests.data.made_up_logits import said_to, store_made_up
 from tests.train.runs import write_shards
@@ -31,30 +32,30 @@ def test_files_cover_each_shards_rows_once() -> None:
 
 
 def test_a_row_has_what_was_said_to_it(tmp_path: Path, rows: Rows) -> None:
-    stored = StoredLogits(store_made_up(tmp_path, {"train": rows}), "train", rows)
+    stored = open_logits(store_made_up(tmp_path, {"train": rows}), "train", rows)
     for index in range(sum(rows.shard_rows)):
         row = rows.row(index)
         for found, expected in zip(stored.row(index, row), said_to(row), strict=True):
             assert found.dtype == expected.dtype and np.array_equal(found, expected)
-    assert not any(values.any() for values in stored.blank(2, SEQ_LEN))
+    assert not any(values.any() for values in stored.blank(2))
 
 
 @pytest.mark.shows("Logits stored for other rows, or for rows in another order, are refused")
 def test_logits_of_other_rows_are_refused(tmp_path: Path, rows: Rows) -> None:
     artifact = store_made_up(tmp_path, {"train": rows})
-    stored = StoredLogits(artifact, "train", rows)
-    with pytest.raises(ArtifactError, match=r"\(row 4 of train\) must have been of the same tokens; run the teacher_l"):
+    stored = open_logits(artifact, "train", rows)
+    with pytest.raises(ArtifactError, match=r"\(row 4 of train\) must have been of the same tokens; run step teacherl"):
         stored.row(4, rows.row(5))
     fewer = open_rows(rows.split, "stream", SEQ_LEN * 2)
-    with pytest.raises(ArtifactError, match=r"\(102 rows\) must have 50, those of the shards; run the teacher_logits"):
-        StoredLogits(artifact, "train", fewer)
+    with pytest.raises(ArtifactError, match=r"\(102 rows\) must have 50, those of the shards; run step teacherlogits"):
+        open_logits(artifact, "train", fewer)
 
 
 def test_a_damaged_file_is_named(tmp_path: Path, rows: Rows) -> None:
     artifact = store_made_up(tmp_path, {"train": rows})
     path = Path(artifact.path("train", "00001-00000.arrow"))
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    stored = StoredLogits(artifact, "train", rows)
+    stored = open_logits(artifact, "train", rows)
     first = rows.shard_rows[0]
     with pytest.raises(ArtifactError, match=r"00001-00000.arrow \(.*\) must be one record batch of ids, logits, log_"):
         stored.row(first, rows.row(first))

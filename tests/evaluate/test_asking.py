@@ -13,8 +13,10 @@ from ray_ds.evaluate.asking import ask_task
 from ray_ds.evaluate.questions import read_questions
 from ray_ds.evaluate.tasks import judge, plan_work, run_batch
 from tests.evaluate.tiny_tasks import CHOOSE, CLASSIFY, GENERATE, task, tiny_decoder, tiny_tokenizer, write_jsonl
+from tests.exchange.hf_folders import MARKS
+from tests.exchange.test_tokenizer import imported
 
-ITEMS = [
+ITEMS: list[dict[str, Any]] = [
     {"question": "the sky?", "options": ["blue", "two three"], "right": 0, "answer": "blue", "label": "yes"},
     {"question": "one two?", "options": ["four", "three"], "right": 1, "answer": "three", "label": "no"},
 ]
@@ -27,6 +29,25 @@ def encoder(template: str = DEFAULT_TEMPLATE) -> ChatEncoder:
 
 def chat_task(folder: Path, **settings: Any) -> Any:
     return task(write_jsonl(folder / "a.jsonl", *ITEMS), prompt="{question}", chat=True, **settings)
+
+
+@pytest.mark.shows("Plain prompts in evaluation are the tokens that transformers makes of them, BOS included or not")
+@pytest.mark.parametrize("style", list(MARKS))
+def test_plain_prompts_are_those_of_the_models_own_tokenizer(tmp_path: Path, style: str) -> None:
+    from transformers import AutoTokenizer
+
+    ours, theirs = imported(tmp_path, style), AutoTokenizer.from_pretrained(tmp_path)
+    files = write_jsonl(tmp_path / "a.jsonl", *ITEMS)
+    written = task(files, prompt="{question} Answer:", generate=GENERATE)
+    chosen = task(files, prompt="{question} Answer:", choose=CHOOSE, joiner=" ")
+    prompts = ask_task(0, written, read_questions(written), ours, 128).prompts
+    choices = ask_task(0, chosen, read_questions(chosen), ours, 128).continuations
+    for i, item in enumerate(ITEMS):
+        prompt = f"{item['question']} Answer:"
+        assert list(prompts[i].tokens) == theirs(prompt).input_ids
+        for j, option in enumerate(item["options"]):
+            assert list(choices[0, i, j].tokens) == theirs(f"{prompt} {option}").input_ids
+    assert (prompts[0].tokens[0] == ours.bos_id) == (style != "qwen")
 
 
 @pytest.mark.shows("Few-shot examples of a chat task are turns, written by the model's own chat template")

@@ -1,10 +1,12 @@
 """Log-likelihoods against a decoder that is given one whole sequence at a time, and against sharing and batching."""
 
+import dataclasses
 import random
 from collections.abc import Sequence
 
 import pytest
 import torch
+from tokenizers import Tokenizer
 
 from ray_ds.evaluate.continuations import (
     Continuation,
@@ -123,10 +125,29 @@ def test_judged_text_begins_where_the_choices_make_a_difference(
 
 def test_cutting_keeps_bos_and_cuts_all_choices_alike() -> None:
     own = [Continuation(tokens=(0, 1, 2, 3, 4, 5, 6), start=5), Continuation(tokens=(0, 1, 2, 3, 4, 7), start=5)]
-    assert cut_left(own, 6) == own
-    assert cut_left(own, 4) == [
+    assert cut_left(own, 6, 0) == own
+    assert cut_left(own, 4, 0) == [
         Continuation(tokens=(0, 3, 4, 5, 6), start=3),
         Continuation(tokens=(0, 3, 4, 7), start=3),
     ]
-    assert cut_left(own, 2) == [Continuation(tokens=(0, 5, 6), start=1), Continuation(tokens=(0, 7), start=1)]
-    assert cut_left(own, 1) is None
+    assert cut_left(own, 2, 0) == [Continuation(tokens=(0, 5, 6), start=1), Continuation(tokens=(0, 7), start=1)]
+    assert cut_left(own, 1, 0) is None
+
+
+def test_without_bos_the_beginning_is_cut_off_whole() -> None:
+    own = [Continuation(tokens=(1, 2, 3, 4), start=3)]
+    assert cut_left(own, 2, 0) == [Continuation(tokens=(2, 3, 4), start=2)]
+    assert cut_left(own, 1, 0) == [Continuation(tokens=(3, 4), start=1)]
+    assert cut_left([Continuation(tokens=(1, 2, 3, 4), start=2)], 1, 0) is None
+
+
+@pytest.mark.shows("A plain prompt starts with BOS where the tokenizer puts it there, as in transformers")
+def test_choices_begin_as_the_tokenizer_says(tokenizer: BpeTokenizer) -> None:
+    marks = dataclasses.replace(tokenizer.marks, adds_bos=False)
+    plain = BpeTokenizer(Tokenizer.from_str(tokenizer.to_json()), marks)
+    (found,) = encode_choices(plain, "Answer:", [" yes"])
+    assert found.tokens == tuple(plain.encode("Answer: yes")) and found.start == len(plain.encode("Answer:"))
+    (alone,) = encode_choices(plain, "", [" yes"])
+    assert alone.tokens == (plain.bos_id, *plain.encode(" yes")) and alone.start == 1
+    (opened,) = encode_choices(tokenizer, "", [" yes"], opening=(0, 7))
+    assert opened.tokens == (0, 7, *tokenizer.encode(" yes")) and opened.start == 2

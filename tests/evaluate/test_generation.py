@@ -38,7 +38,7 @@ def greedy_alone(decoder: Decoder, tokenizer: BpeTokenizer, prompt: Prompt) -> t
     with torch.no_grad():
         while len(tokens) < len(prompt.tokens) + prompt.max_new_tokens:
             token = int(decoder(torch.tensor([tokens]))[0, -1].argmax())
-            if token in (tokenizer.bos_id, tokenizer.eos_id):
+            if token in tokenizer.stop_ids:
                 return tokenizer.decode(tokens[len(prompt.tokens) :]), True
             tokens.append(token)
     return tokenizer.decode(tokens[len(prompt.tokens) :]), False
@@ -99,7 +99,8 @@ def test_a_stop_text_ends_an_answer_wherever_it_lies_in_tokens(decoder: Decoder,
 
 def test_prompts_lose_their_beginning_to_make_room() -> None:
     tokens = (0, 1, 2, 3, 4)
-    assert fit_prompt(tokens, 4, 8) == tokens  # 5 read, and 3 of the 4 written
-    assert fit_prompt(tokens, 4, 7) == (0, 2, 3, 4)
-    assert fit_prompt(tokens, 4, 4) == (0,)
-    assert fit_prompt(tokens, 4, 3) is None
+    assert fit_prompt(tokens, 4, 8, 0) == tokens  # 5 read, and 3 of the 4 written
+    assert fit_prompt(tokens, 4, 7, 0) == (0, 2, 3, 4)
+    assert fit_prompt(tokens, 4, 4, 0) == (0,)
+    assert fit_prompt(tokens, 4, 3, 0) is None
+    assert fit_prompt(tokens, 4, 7, 9) == (1, 2, 3, 4)

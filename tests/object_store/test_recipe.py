@@ -14,8 +14,8 @@ import ray
 from ray import serve
 
 from ray_ds import storage
-from ray_ds.cli import run_step
 from ray_ds.data.sample_text import king_james_chapters
+from ray_ds.job import run_step
 from ray_ds.recipe import load_recipe
 from ray_ds.report import summary_lines, trace_lines, write_summary
 from ray_ds.steps import find_finished

@@ -14,7 +14,7 @@ from ray_ds.config.settings import decode_settings
 from ray_ds.config.train import TrainSettings
 from ray_ds.data.rows import open_rows
 from ray_ds.data.shards import TokenSplit
-from ray_ds.data.teacher_logits import StoredLogits
+from ray_ds.data.teacher_logits import open_logits
 from ray_ds.errors import ArtifactError, ConfigError
 from ray_ds.model.checkpoint_folder import load_checkpoint_folder
 from ray_ds.stage_run import StageRun
@@ -53,7 +53,7 @@ def test_logits_are_the_teachers(tmp_path: Path, local_ray: None, kind: str, doc
     assert logits.fact("bytes") == sum(info.bytes for info in logits.manifest.files)
     model = load_checkpoint_folder(Path(teacher.path("model")), dtype=torch.float32, device="cpu")
     rows = open_rows(TokenSplit.open(shards.uri, "validation"), kind, 16)  # type: ignore[arg-type]
-    stored = StoredLogits(logits, "validation", rows)
+    stored = open_logits(logits, "validation", rows)
     for index in range(0, sum(rows.shard_rows), 7):
         row = rows.row(index)
         documents = row.segments if row.segments is not None else np.cumsum(row.tokens == 0)
@@ -73,7 +73,7 @@ def test_a_broken_off_job_goes_on_where_it_was(tmp_path: Path, local_ray: None) 
     teacher, shards = make_inputs(tmp_path)
     run = stage_run(tmp_path, "TeacherLogits", teacher, shards)
     first = store_teacher_logits(logits_settings(), run)
-    attempts = Path(run.work_path("teacher_logits", "attempts"))
+    attempts = Path(run.work_path("rows", "attempts"))
     tried = len(list(attempts.iterdir()))
     Path(run.path("manifest.json")).unlink()
     Path(run.path("train", "00001-00001.arrow")).unlink()
@@ -134,8 +134,8 @@ def test_training_takes_the_logits_of_its_rows(tmp_path: Path, monkeypatch: pyte
     assert task.teacher_logits == logits.uri and task.teacher is None
     assert type(task).from_dict(task.to_dict()) == task
     for changes, message in (
-        ({"seq_len": 8}, r"checkpoint.seq_len \(8\) must be that of the stored logits, 16; correct one"),
-        ({"document_mask": True}, r"document_mask \(True\) must be that of the stored logits, False"),
+        ({"seq_len": 8}, r"checkpoint.seq_len \(8\) must be that of the logits, 16; correct one"),
+        ({"document_mask": True}, r"document_mask \(True\) must be that of the logits, False"),
         ({"objective": {"kind": "distill", "temperature": 3.0}}, r"objective.temperature \(3.0\) must be that of the "),
     ):
         with pytest.raises(ConfigError, match=message):
@@ -152,7 +152,9 @@ def test_logits_of_other_shards_are_refused(tmp_path: Path, monkeypatch: pytest.
     teacher, shards = make_inputs(tmp_path)
     logits = store_logits(tmp_path, teacher.uri, shards)
     _, others = make_inputs(tmp_path, "chat")
-    with pytest.raises(ArtifactError, match=r"\(made from the shards .*\) must be made from those that are trained on"):
+    with pytest.raises(
+        ArtifactError, match=r"\(made from the shards .*\) must be made from the shards that are trained"
+    ):
         make_task(tmp_path, logits, others, monkeypatch)
     far = dataclasses.replace(logits, uri="s3://bucket/logits/abc")
     with pytest.raises(

@@ -201,8 +201,8 @@ def run_and_kill(address: str, folder: Path, actor: str) -> int:
     run = make_run(folder)
     before = newest_step(run)
     code = (
-        "import sys; from ray_ds.cli import _guard; from tests.stages.test_train import LONGER, run_job; "
-        f"sys.exit(_guard(lambda: run_job({address!r}, {str(folder)!r}, **LONGER) or 0))"
+        "import sys; from ray_ds.job import exit_status; from tests.stages.test_train import LONGER, run_job; "
+        f"sys.exit(exit_status(lambda: run_job({address!r}, {str(folder)!r}, **LONGER) or 0))"
     )
     others = living_actors(actor)
     job = subprocess.Popen([sys.executable, "-c", code])

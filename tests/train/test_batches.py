@@ -15,7 +15,7 @@ from ray_ds.data.rows import StreamRows
 from ray_ds.data.shard_cache import ShardCache
 from ray_ds.data.shard_folder import ShardFolder
 from ray_ds.data.shards import TokenSplit
-from ray_ds.data.teacher_logits import StoredLogits
+from ray_ds.data.teacher_logits import open_logits
 from ray_ds.errors import ArtifactError, ConfigError
 from ray_ds.model.loss import IGNORED_TARGET
 from ray_ds.train.batches import Batches, check_cache, open_split, share_of, validation_batches
@@ -229,24 +229,24 @@ def test_remote_logits_come_and_go_with_their_shards(tmp_path: Path, store: Fake
     settings = make_settings(window_shards=2, seed=5)
     local = rows_of(TokenSplit.open(str(store.path(uri)), "train"))
     artifact = store_made_up(store.root, {"train": local})
-    stored = StoredLogits(artifact, "train", local)
+    stored = open_logits(artifact, "train", local)
     far = dataclasses.replace(artifact, uri=artifact.uri.replace(str(store.root), BUCKET))
     opened = TokenSplit.open(uri, "train", tmp_path / "sizes")
     alone = opened.bytes_in_cache()
-    StoredLogits(far, "train", rows_of(opened))
+    open_logits(far, "train", rows_of(opened))
     sizes = opened.bytes_in_cache()
     assert sum(sizes) == sum(alone) + sum(info.bytes for info in artifact.manifest.files)
     budget = sum(sorted(sizes)[-4:])
     opened = TokenSplit.open(uri, "train", ShardCache(tmp_path / "cache", budget))
-    teacher = StoredLogits(far, "train", rows_of(opened))
+    teacher = open_logits(far, "train", rows_of(opened))
     near, remote = (
-        Batches(rows_of(split), settings, rank=0, world_size=1, device=CPU, teacher=logits)
+        Batches(rows_of(split), settings, rank=0, world_size=1, device=CPU, stored=logits)
         for split, logits in ((local.split, stored), (opened, teacher))
     )
     for cursor in range(2 * local.split.num_rows(16) // 16 + 1):
         for a, b in zip(batch_of(remote, cursor), batch_of(near, cursor), strict=True):
-            assert a.teacher is not None and b.teacher is not None
-            assert all(torch.equal(x, y) for x, y in zip(a.teacher, b.teacher, strict=True))
+            assert len(a.stored) == 3
+            assert all(torch.equal(x, y) for x, y in zip(a.stored, b.stored, strict=True))
         assert sum(size for _, size, _ in ShardFolder(tmp_path / "cache", None).files()) <= budget + max(sizes)
     fetched = store.fetched()
     assert {name.rsplit("/", 1)[-1] for name in fetched} >= {info.path[6:] for info in artifact.manifest.files}

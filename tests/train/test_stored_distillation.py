@@ -7,8 +7,8 @@ from torch import Tensor
 from ray_ds.config.objective import Distill
 from ray_ds.model.loss import IGNORED_TARGET
 from ray_ds.train.distillation import DistillObjective, summed_kl
-from ray_ds.train.objective import TopLogits, token_logits
-from ray_ds.train.stored_distillation import StoredDistillObjective, find_top_logits, summed_top_kl
+from ray_ds.train.objective import token_logits
+from ray_ds.train.stored_distillation import StoredDistillObjective, TopLogits, find_top_logits, summed_top_kl
 from tests.train.runs import VOCAB_SIZE
 from tests.train.test_objectives import check_gradients, gradients, new_decoder, packed_rows
 

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from torch.multiprocessing.spawn import ProcessExitedException
 
-from ray_ds.artifacts import TeacherLogits, find_artifact
+from ray_ds.artifacts import ReferenceLogProbs, TeacherLogits, find_artifact
 from ray_ds.model.checkpoint_folder import load_checkpoint_folder
 from ray_ds.train.checkpoints import find_latest
 from ray_ds.train.host import Request
@@ -16,7 +16,7 @@ from ray_ds.train.task import TrainTask
 from tests.stages.small_artifacts import stage_run
 from tests.train.chats import new_checkpoint, tuned_settings, tuning_task, write_chats
 from tests.train.runs import VOCAB_SIZE, curve, read_records, train_in_processes
-from tests.train.teachers import finish_shards, store_logits
+from tests.train.teachers import finish_shards, store_logits, store_reference
 
 pytestmark = pytest.mark.slow
 
@@ -28,6 +28,7 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "sft-lora-zero0": ("chat", {"zero_stage": 0, "lora": LORA}),
     "dpo": ("preference", {"zero_stage": 1, "objective": {"kind": "dpo", "beta": 1.0}}),
     "dpo-zero3": ("preference", {"zero_stage": 3, "objective": {"kind": "dpo"}, "lora": LORA}),
+    "dpo-stored": ("preference", {"zero_stage": 2, "objective": {"kind": "dpo", "beta": 1.0}}),
     "distill": ("chat", {"zero_stage": 2, "objective": {"kind": "distill", "temperature": 2.0}}),
     "distill-stored": ("chat", {"zero_stage": 3, "objective": {"kind": "distill", "temperature": 2.0}}),
 }
@@ -41,7 +42,19 @@ def make_task(folder: Path, case: str, name: str, **changes: Any) -> TrainTask:
         asked = {"teacher": new_checkpoint(folder / "teacher", seed=6)}
     if case == "distill-stored":
         asked = {"teacher_logits": stored_logits(folder, temperature=2.0).uri}
+    if case == "dpo-stored":
+        asked = {"reference_log_probs": stored_reference(folder).uri}
     return tuning_task(folder, settings, kind, f"{case}-{name}", **asked)
+
+
+def stored_reference(folder: Path) -> ReferenceLogProbs:
+    """Return what the first model says to the pairs in `folder`, asked once."""
+    found = find_artifact(stage_run(folder, "ReferenceLogProbs").uri)
+    if isinstance(found, ReferenceLogProbs):
+        return found
+    write_chats(folder / "preference", "preference")
+    shards = finish_shards(folder / "preference", "preference")
+    return store_reference(folder, new_checkpoint(folder / "start"), shards)
 
 
 def stored_logits(folder: Path, **changes: Any) -> TeacherLogits:
@@ -107,6 +120,18 @@ def test_dpo_starts_at_a_margin_of_zero_and_widens_it(tmp_path: Path) -> None:
     assert records[0]["reward_margin"] == 0 and abs(records[0]["loss"] - 0.6931472) < 1e-6
     assert records[-1]["reward_margin"] > 0.5 and records[-1]["reward_accuracy"] > 0.9
     assert records[-1]["validation_loss"] < 0.6
+
+
+def test_a_stored_reference_trains_as_the_one_in_memory(tmp_path: Path) -> None:
+    settings = tuned_settings(steps=8, validate_every=4, num_workers=2, objective={"kind": "dpo", "beta": 1.0})
+    asked: list[dict[str, str]] = [{"reference_log_probs": stored_reference(tmp_path).uri}, {}]
+    tasks = [tuning_task(tmp_path, settings, "preference", f"run-{len(each)}", **each) for each in asked]
+    for task in tasks:
+        train_in_processes(task)
+    names = ("loss", "grad_norm", "reward_margin", "reward_chosen", "reward_rejected", "validation_loss")
+    from_store, live = ([[r.get(name, 0.0) for name in names] for r in read_records(task)] for task in tasks)
+    torch.testing.assert_close(torch.tensor(from_store), torch.tensor(live), rtol=1e-5, atol=1e-5)
+    assert live[-1][2] > 0.3
 
 
 def test_all_logits_stored_train_as_the_teacher_does(tmp_path: Path) -> None:
