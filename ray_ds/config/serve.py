@@ -95,6 +95,10 @@ class ServeSettings:
     """GPU a replica reserves, or a part of one; 0 = it computes on the CPU."""
     autoscaling: AutoscalingSettings = AutoscalingSettings()
     """How many replicas answer."""
+    max_surge_percent: Annotated[int, Field(ge=0, le=100)] = 100
+    """While a model is replaced: replicas of the new one that may run beside all of the old one, as a part of their
+    number; the old ones go as the new ones answer. 0 = the old ones go first: requests wait, but the cluster needs no
+    room for both."""
     drain_timeout_s: Annotated[float, Field(gt=0)] = 30.0
     """Seconds a replica that is to go has for finishing its answers."""
     deploy_timeout_s: Annotated[float, OUTPUT_UNCHANGED, Field(gt=0)] = 300.0

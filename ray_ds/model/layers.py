@@ -26,6 +26,19 @@ class RMSNorm(nn.Module):
         return self.weight * normed.to(x.dtype)
 
 
+class Embedding(nn.Embedding):
+    """A vector for each token, drawn at random only where there is memory for it.
+
+    On the device `meta` drawing from a normal distribution imports PyTorch's compiler: a second, in which a replica
+    could have answered.
+    """
+
+    def reset_parameters(self) -> None:
+        """Draw the vectors anew."""
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
 class MLP(nn.Module):
     """Gated MLP (SwiGLU, arXiv 2002.05202)."""
 

@@ -5,7 +5,7 @@ from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 from ray_ds.config.serve import AutoscalingSettings, ServeSettings
 from ray_ds.on_ray.token_load_policy import TokenLoadPolicy
 
-METRICS_INTERVAL_S = 1.0
+METRICS_INTERVAL_S = 0.5
 """How often replicas and proxies report."""
 LOOK_BACK_S = 5.0
 """Over how long the reports reach, and Serve's own counts are averaged."""

@@ -92,7 +92,7 @@ class ModelReplica:
             raise RuntimeError(self._engine.failure)
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
-        """Return what the number of replicas follows; Serve asks once a second."""
+        """Return what the number of replicas follows; Serve asks twice a second."""
         return report_load(self._engine.stats)
 
     def __del__(self) -> None:
@@ -141,6 +141,7 @@ def build_application(artifact_uri: str, digest: str, settings: ServeSettings, a
         # The engine refuses what is too much, with OpenAI's error object; Serve's own queue is never used.
         max_ongoing_requests=settings.max_running_requests + settings.max_queued_requests + HEALTH_REQUESTS,
         graceful_shutdown_timeout_s=settings.drain_timeout_s,
+        max_surge_percent=settings.max_surge_percent,
         health_check_period_s=5,
         max_constructor_retry_count=CONSTRUCTOR_RETRIES,
     )

@@ -12,7 +12,7 @@ from ray_ds.serve.scaling.load import window_of
 from ray_ds.serve.scaling.rule import ScalingTargets, TokenLoadRule
 
 STALE_S = 10.0
-"""Age from which a replica's last report says nothing. Replicas report once a second; clocks of nodes may differ."""
+"""Age from which a replica's last report says nothing. Replicas report twice a second; clocks of nodes may differ."""
 
 
 class TokenLoadPolicy:
