@@ -12,7 +12,7 @@ from ray_ds.model.checkpoint_folder import CONFIG_FILE, read_config, read_tensor
 from ray_ds.model.decoder import Decoder
 from ray_ds.model.experts import Experts
 from ray_ds.model.hugging_face.shapes import copies_on_disk
-from ray_ds.model.layers import MLP
+from ray_ds.model.layers import MLP, give_memory
 from ray_ds.quantize.kernels import Road, self_test
 from ray_ds.quantize.layers import Int8Experts, Int8Linear, Int8MLP, Int8Weight
 from ray_ds.quantize.layout import SCALE_SUFFIX, check_quantization_config, is_quantized
@@ -39,7 +39,7 @@ def load_quantized(
     with torch.device("meta"):
         decoder = Decoder(config)
     _put_int8_layers(decoder, "", tensors, road or _choose_road(decoder, device))
-    decoder.to(dtype).to_empty(device=device)
+    give_memory(decoder.to(dtype), device)
     _put_float_values(decoder, tensors)
     tensors.check_all_used()
     return decoder.eval().requires_grad_(False)

@@ -21,6 +21,13 @@ def test_a_deployment_reserves_what_it_uses_and_leaves_refusing_to_the_engine() 
     assert deployment.max_queued_requests == -1
 
 
+def test_a_swap_keeps_the_old_replicas_until_the_new_ones_answer_unless_there_is_no_room() -> None:
+    for percent in (100, 0):
+        settings = ServeSettings(max_surge_percent=percent)
+        deployment = build_application("/runs/m/0", "0" * 16, settings, None)._bound_deployment
+        assert deployment._deployment_config.max_surge_percent == percent
+
+
 def test_a_damaged_copy_is_refused(tmp_path: Path) -> None:
     run = stage_run(tmp_path, "Checkpoint")
     storage.write_bytes(run.path("model", "model.safetensors"), b"weights")

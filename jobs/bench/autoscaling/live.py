@@ -189,7 +189,6 @@ async def grow(settings: ServeSettings, url: str) -> dict[str, JsonValue]:
         await asyncio.sleep(0.25)
     ttfts = sorted(after.ttfts_s)
     return {
-        "replicas_before_the_step": 1,
         "new_replica_answers_s": answered_s if len(seen) > 1 else None,
         "back_to_minimum_s": time.monotonic() - ended,
         "answers": before.answers + after.answers,
