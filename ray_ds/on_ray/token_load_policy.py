@@ -27,15 +27,14 @@ class TokenLoadPolicy:
 
     def __call__(self, context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
         """Return how many replicas there should be, and no state for Serve to keep."""
-        by_replica: dict[Any, dict[str, list[tuple[float, float]]]] = {}
+        reported: dict[Any, dict[str, list[tuple[float, float]]]] = {}
         for metric, replicas in (context.raw_metrics or {}).items():
             for replica, points in replicas.items():
-                values = [(point.timestamp, point.value) for point in points]
-                by_replica.setdefault(replica, {})[metric] = values
+                reported.setdefault(replica, {})[metric] = [(point.timestamp, point.value) for point in points]
         now_s = context.current_time
-        reported = [window_of(by_replica.get(replica, {})) for replica in context.running_replicas]
-        windows = [window for report in reported if report and now_s - report[0] < STALE_S for window in report[1:]]
+        windows = [window_of(reported.get(replica, {})) for replica in context.running_replicas]
+        fresh = [window for window in windows if window is not None and now_s - window.end_s < STALE_S]
         wanted = self._rule.decide(
-            now_s, context.target_num_replicas, context.current_num_replicas, windows, context.total_queued_requests
+            now_s, context.target_num_replicas, context.current_num_replicas, fresh, context.total_queued_requests
         )
         return wanted, {}

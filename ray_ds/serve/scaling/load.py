@@ -46,8 +46,10 @@ class LoadWindow:
 
     first: ReplicaLoad
     last: ReplicaLoad
-    seconds: float
-    """From `first` to `last`."""
+    start_s: float
+    """When `first` was reported, in seconds since 1970."""
+    end_s: float
+    """When `last` was."""
 
     @property
     def num_requests(self) -> float:
@@ -67,12 +69,13 @@ class LoadWindow:
 
         At most 1: a replica with more prompts than it can compute shows that in `predicted_ttft_s`.
         """
-        if self.seconds <= 0 or self.last.prefill_tokens_per_s <= 0:
+        seconds = self.end_s - self.start_s
+        if seconds <= 0 or self.last.prefill_tokens_per_s <= 0:
             return 0.0
         computed = (self.last.num_prompt_tokens - self.first.num_prompt_tokens) - (
             self.last.num_prefix_hits - self.first.num_prefix_hits
         )
-        return min(1.0, max(0.0, computed) / self.seconds / self.last.prefill_tokens_per_s)
+        return min(1.0, max(0.0, computed) / seconds / self.last.prefill_tokens_per_s)
 
     @property
     def predicted_ttft_s(self) -> float:
@@ -91,8 +94,8 @@ class LoadWindow:
         return seconds
 
 
-def window_of(series: Mapping[str, Sequence[tuple[float, float]]]) -> tuple[float, LoadWindow] | None:
-    """Return the time of a replica's last report and its window, or None where it reports no load.
+def window_of(series: Mapping[str, Sequence[tuple[float, float]]]) -> LoadWindow | None:
+    """Return what a replica reported, or None where it reports no load.
 
     Args:
         series: by metric, (seconds since 1970, value), oldest first.
@@ -102,5 +105,5 @@ def window_of(series: Mapping[str, Sequence[tuple[float, float]]]) -> tuple[floa
     last = read_load({name: values[-1][1] for name, values in points.items()})
     if first is None or last is None:
         return None
-    start, end = points["num_running"][0][0], points["num_running"][-1][0]
-    return end, LoadWindow(first=first, last=last, seconds=end - start)
+    times = [at_s for at_s, _ in points["num_running"]]
+    return LoadWindow(first=first, last=last, start_s=times[0], end_s=times[-1])

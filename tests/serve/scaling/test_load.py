@@ -28,7 +28,7 @@ def load(**changes: float) -> ReplicaLoad:
 
 
 def window(first: ReplicaLoad, last: ReplicaLoad, seconds: float) -> LoadWindow:
-    return LoadWindow(first=first, last=last, seconds=seconds)
+    return LoadWindow(first=first, last=last, start_s=0.0, end_s=seconds)
 
 
 def test_what_is_reported_is_what_serve_takes_and_what_is_read() -> None:
@@ -60,10 +60,9 @@ def test_a_replica_that_lacks_a_metric_reports_no_load(missing: str) -> None:
 def test_a_window_reaches_from_the_first_to_the_last_report() -> None:
     reported = report_load(STATS)
     series = {name: [(10.0, value), (14.0, value + 1)] for name, value in reported.items()}
-    found = window_of(series)
-    assert found is not None
-    at_s, seen = found
-    assert at_s == 14.0 and seen.seconds == 4.0
+    seen = window_of(series)
+    assert seen is not None
+    assert (seen.start_s, seen.end_s) == (10.0, 14.0)
     assert (seen.first.num_running, seen.last.num_running, seen.num_requests) == (3, 4, 6)
 
 

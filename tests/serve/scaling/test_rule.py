@@ -30,7 +30,7 @@ STEP_S = 0.1
 
 
 def window(**changes: float) -> LoadWindow:
-    return LoadWindow(first=IDLE, last=replace(IDLE, **changes), seconds=5.0)
+    return LoadWindow(first=IDLE, last=replace(IDLE, **changes), start_s=0.0, end_s=5.0)
 
 
 def running(*counts: int) -> list[LoadWindow]:
