@@ -7,8 +7,10 @@ from pydantic import Field
 from ray_ds.config.settings import OUTPUT_UNCHANGED, fill_or_refuse, settings
 from ray_ds.errors import ConfigError
 
-SCALING_DEFAULTS = {"target_ongoing_requests": 4.0, "upscale_delay_s": 5.0, "downscale_delay_s": 60.0}
+SCALING_DEFAULTS = {"policy": "tokens", "upscale_delay_s": 1.0, "downscale_delay_s": 60.0}
 """What is in force where `max_replicas` is above `min_replicas`."""
+TOKENS_DEFAULTS = {"target_utilization": 0.6, "target_ttft_s": 1.0, "hysteresis": 0.4}
+"""What is in force where `policy` is `tokens`."""
 
 Exactness = Literal["none", "batch", "schedule"]
 """What an answer's bits do not depend on; see `ServeSettings.exactness`."""
@@ -18,17 +20,33 @@ Exactness = Literal["none", "batch", "schedule"]
 class AutoscalingSettings:
     """How many replicas answer; what says when their number changes must be left out where it cannot."""
 
-    min_replicas: Annotated[int, Field(ge=1)] = 1
-    """Replicas that are always there."""
+    min_replicas: Annotated[int, Field(ge=0)] = 1
+    """Replicas that are always there. 0 = none without requests: the first after a pause waits for one to start, and
+    every request starts one, `/health` too; a probe asks the proxy's own `/-/healthz`."""
     max_replicas: Annotated[int, Field(ge=1)] = 2
     """Replicas there may be under load; no more than the cluster has room for ever start."""
+    policy: Literal["tokens", "ongoing_requests"] | None = None
+    """What the number follows: `tokens` = what engines report of places, cache, prompts and predicted time to first
+    token; `ongoing_requests` = Ray Serve's own count of open requests; absent = tokens."""
+    target_utilization: Annotated[float, Field(gt=0, le=1)] | None = None
+    """For `tokens`: part of `max_running_requests`, of the cache and of the time for prompts that a replica should use:
+    what is left takes the load until another one has started; absent = 0.6."""
+    target_ttft_s: Annotated[float, Field(gt=0)] | None = None
+    """For `tokens`: predicted seconds to a new request's first token above which there are too few replicas;
+    absent = 1."""
+    hysteresis: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """For `tokens`: part of the targets that those who stay must have to spare before a replica is taken away;
+    absent = 0.4, with which chance crowds of requests moved no replica in the simulator."""
     target_ongoing_requests: Annotated[float, Field(gt=0)] | None = None
-    """Requests a replica should have at a time: with more on average one is added, with fewer one is taken away; absent
-    = 4."""
+    """For `ongoing_requests`: requests a replica should have at a time: with more on average one is added, with fewer
+    one is taken away; absent = 4."""
     upscale_delay_s: Annotated[float, Field(ge=0)] | None = None
-    """Seconds of too much load before a replica is added; absent = 5."""
+    """Seconds of too much load before replicas are added; absent = 1."""
     downscale_delay_s: Annotated[float, Field(ge=0)] | None = None
-    """Seconds of too little load before a replica is taken away; absent = 60."""
+    """Seconds of too little load before replicas are taken away; absent = 60."""
+    downscale_to_zero_delay_s: Annotated[float, Field(ge=0)] | None = None
+    """With min_replicas = 0: seconds without a request before the last replica is taken away; absent = 300, as starting
+    it again makes somebody wait."""
 
     def __post_init__(self) -> None:
         """Refuse ranges without a number in them, and rules that would never be used."""
@@ -36,9 +54,16 @@ class AutoscalingSettings:
             allowed = f"must be at least min_replicas ({self.min_replicas})"
             raise ConfigError("max_replicas", self.max_replicas, allowed, "raise it")
         is_fixed = self.max_replicas == self.min_replicas
-        unused = f"has no effect while min_replicas = max_replicas = {self.min_replicas}" if is_fixed else None
+        fixed = f"has no effect while min_replicas = max_replicas = {self.min_replicas}" if is_fixed else None
         for name, default in SCALING_DEFAULTS.items():
-            fill_or_refuse(self, name, default, unused=unused)
+            fill_or_refuse(self, name, default, unused=fixed)
+        no_tokens = None if self.policy == "tokens" else "has no effect unless policy is tokens"
+        for name, target in TOKENS_DEFAULTS.items():
+            fill_or_refuse(self, name, target, unused=fixed or no_tokens)
+        no_requests = None if self.policy == "ongoing_requests" else "has no effect unless policy is ongoing_requests"
+        fill_or_refuse(self, "target_ongoing_requests", 4.0, unused=fixed or no_requests)
+        never_zero = None if self.min_replicas == 0 else "has no effect unless min_replicas is 0"
+        fill_or_refuse(self, "downscale_to_zero_delay_s", 300.0, unused=never_zero)
 
 
 @settings
@@ -89,6 +114,10 @@ class ServeSettings:
     """GPU a replica reserves, or a part of one; 0 = it computes on the CPU."""
     autoscaling: AutoscalingSettings = AutoscalingSettings()
     """How many replicas answer."""
+    max_surge_percent: Annotated[int, Field(ge=0, le=100)] = 100
+    """While a model is replaced: replicas of the new one that may run beside all of the old one, as a part of their
+    number; the old ones go as the new ones answer. 0 = the old ones go first: requests wait, but the cluster needs no
+    room for both."""
     drain_timeout_s: Annotated[float, Field(gt=0)] = 30.0
     """Seconds a replica that is to go has for finishing its answers."""
     deploy_timeout_s: Annotated[float, OUTPUT_UNCHANGED, Field(gt=0)] = 300.0

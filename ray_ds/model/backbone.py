@@ -13,7 +13,7 @@ from ray_ds.model.caches import CacheRows
 from ray_ds.model.documents import document_block_mask, document_mask, document_positions
 from ray_ds.model.experts import MoE
 from ray_ds.model.kernels import is_fast
-from ray_ds.model.layers import RMSNorm
+from ray_ds.model.layers import Embedding, RMSNorm
 from ray_ds.model.rotary import Rotary, rotary_tables
 
 
@@ -27,7 +27,7 @@ class Backbone(nn.Module):
         self.config = config
         self.recompute_activations = recompute_activations
         self.kernels = kernels
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         count = config.num_hidden_layers
         kinds = [Block] * count + [PredictionBlock] * config.num_nextn_predict_layers
         blocks = (kind(config, i, kernels, measures_balance=measures_balance) for i, kind in enumerate(kinds))

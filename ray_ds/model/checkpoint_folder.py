@@ -16,6 +16,7 @@ from ray_ds.model.balance import reset_expert_load
 from ray_ds.model.decoder import Decoder
 from ray_ds.model.hugging_face import from_hf_config, from_hf_state_dict, to_hf_config, to_hf_state_dict
 from ray_ds.model.hugging_face.shapes import BIAS_SUFFIX
+from ray_ds.model.layers import give_memory
 from ray_ds.model.tensor_folder import INDEX_FILE, WEIGHTS_FILE
 from ray_ds.model.tensor_writer import write_json, write_shards
 
@@ -70,7 +71,7 @@ def load_checkpoint_folder(folder: Path, *, dtype: torch.dtype, device: torch.de
     with torch.device("meta"):
         decoder = Decoder(config)
     _check_tensors(folder, decoder, state)
-    decoder.to(dtype).to_empty(device=device)
+    give_memory(decoder.to(dtype), device)
     decoder.tie_embeddings()
     decoder.load_state_dict(state)
     reset_expert_load(decoder)

@@ -26,6 +26,29 @@ class RMSNorm(nn.Module):
         return self.weight * normed.to(x.dtype)
 
 
+class Embedding(nn.Embedding):
+    """A vector for each token, drawn at random only where there is memory for it.
+
+    On the device `meta` drawing from a normal distribution imports PyTorch's compiler: a second, in which a replica
+    could have answered.
+    """
+
+    def reset_parameters(self) -> None:
+        """Draw the vectors anew."""
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
+def give_memory(module: nn.Module, device: torch.device | str) -> None:
+    """Give a module made on the device `meta` memory for its tensors, uninitialised.
+
+    As `nn.Module.to_empty`, which on `meta` tensors imports sympy first: a third of a second.
+    """
+    module._apply(  # type: ignore[no-untyped-call]
+        lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+    )
+
+
 class MLP(nn.Module):
     """Gated MLP (SwiGLU, arXiv 2002.05202)."""
 

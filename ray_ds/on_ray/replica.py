@@ -12,21 +12,22 @@ from pathlib import Path
 import torch
 from ray import serve
 from ray.serve import Application
-from ray.serve.config import AutoscalingConfig
 from starlette.types import ASGIApp
 
 from ray_ds import storage
 from ray_ds.artifacts import Artifact, Checkpoint, QuantizedModel, open_artifact
 from ray_ds.chat.encoding import ChatEncoder
 from ray_ds.chat.template import TEMPLATE_FILE, ChatTemplate
-from ray_ds.config.serve import AutoscalingSettings, ServeSettings
+from ray_ds.config.serve import ServeSettings
 from ray_ds.errors import ArtifactError
 from ray_ds.logs import log_event, setup_logging
 from ray_ds.model.local_folder import local_model_folder
+from ray_ds.on_ray.autoscaling import autoscaling_config
 from ray_ds.serve.build import build_engine
 from ray_ds.serve.http.app import build_app
 from ray_ds.serve.http.service import CompletionService, ModelCard
 from ray_ds.serve.load import load_served_model
+from ray_ds.serve.scaling.load import report_load
 from ray_ds.tokenizer import BpeTokenizer, load_tokenizer
 
 HEALTH_REQUESTS = 16
@@ -35,9 +36,6 @@ CONSTRUCTOR_RETRIES = 2
 """Tries of a replica that cannot start; a damaged artefact stays damaged."""
 NO_WORKING_DIR = "local:///"
 """A working directory that every node has. Without one a replica inherits that of the job, which goes with the job."""
-METRICS_INTERVAL_S = 1.0
-LOOK_BACK_S = 5.0
-"""How often replicas report their load, and over how long it is averaged."""
 
 
 @serve.ingress()
@@ -90,6 +88,10 @@ class ModelReplica:
         if self._engine.failure is not None:
             raise RuntimeError(self._engine.failure)
 
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Return what the number of replicas follows; Serve asks twice a second."""
+        return report_load(self._engine.stats)
+
     def __del__(self) -> None:
         """End the engine, after Serve has waited for the open requests."""
         if hasattr(self, "_engine"):
@@ -132,18 +134,13 @@ def build_application(artifact_uri: str, digest: str, settings: ServeSettings, a
             "num_gpus": settings.gpus_per_replica,
             "runtime_env": {"working_dir": NO_WORKING_DIR},
         },
-        autoscaling_config=autoscaling_config(settings.autoscaling),
+        autoscaling_config=autoscaling_config(settings),
         # The engine refuses what is too much, with OpenAI's error object; Serve's own queue is never used.
         max_ongoing_requests=settings.max_running_requests + settings.max_queued_requests + HEALTH_REQUESTS,
         graceful_shutdown_timeout_s=settings.drain_timeout_s,
+        max_surge_percent=settings.max_surge_percent,
         health_check_period_s=5,
         max_constructor_retry_count=CONSTRUCTOR_RETRIES,
     )
     application: Application = deployment.bind(artifact_uri, digest, settings, api_key_hash)
     return application
-
-
-def autoscaling_config(settings: AutoscalingSettings) -> AutoscalingConfig:
-    """Return Serve's form of the settings."""
-    given = {name: value for name, value in vars(settings).items() if value is not None}
-    return AutoscalingConfig(**given, metrics_interval_s=METRICS_INTERVAL_S, look_back_period_s=LOOK_BACK_S)

@@ -14,7 +14,7 @@ from ray_ds.model.checkpoint_folder import CONFIG_FILE, read_config, read_tensor
 from ray_ds.model.decoder import Decoder
 from ray_ds.model.experts import Experts
 from ray_ds.model.hugging_face.shapes import copies_on_disk
-from ray_ds.model.layers import MLP
+from ray_ds.model.layers import MLP, give_memory
 from ray_ds.quantize.kernels import Road, self_test
 from ray_ds.quantize.layers import QuantizedExperts, QuantizedLinear, QuantizedMLP, QuantizedWeight
 from ray_ds.quantize.layout import (
@@ -50,7 +50,7 @@ def load_quantized(
     with torch.device("meta"):
         decoder = Decoder(config)
     _put_quantized_layers(decoder, "", tensors, road or _choose_road(config, device, scheme))
-    decoder.to(dtype).to_empty(device=device)
+    give_memory(decoder.to(dtype), device)
     _put_float_values(decoder, tensors)
     tensors.check_all_used()
     return decoder.eval().requires_grad_(False)

@@ -30,7 +30,7 @@ def serve(settings: ServeSettings, run: StageRun) -> Artifact:
     api_key = find_api_key(settings, run.step)
     check_cluster(
         run.run_dir,
-        num_workers=settings.autoscaling.min_replicas,
+        num_workers=max(1, settings.autoscaling.min_replicas),
         cpus_per_worker=settings.cpus_per_replica,
         gpus_per_worker=settings.gpus_per_replica,
         field=f"{run.step}.autoscaling.min_replicas",

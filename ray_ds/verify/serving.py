@@ -90,7 +90,7 @@ def make_settings(context: Context) -> ServeSettings:
         max_running_requests=2,
         gpus_per_replica=GPU_SHARE if context.gpus else 0.0,
         autoscaling=AutoscalingSettings(
-            min_replicas=1, max_replicas=2, target_ongoing_requests=1.0, upscale_delay_s=0.0, downscale_delay_s=600.0
+            min_replicas=1, max_replicas=2, target_utilization=0.5, upscale_delay_s=0.0, downscale_delay_s=600.0
         ),
         drain_timeout_s=2.0,
         deploy_timeout_s=DEPLOY_TIMEOUT_S,

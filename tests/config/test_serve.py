@@ -26,6 +26,23 @@ def test_defaults_are_safe_and_every_field_is_explained() -> None:
             r"upscale_delay_s \(5.0\) has no effect while min_replicas = max_replicas = 1; remove it",
         ),
         (
+            {"autoscaling": {"max_replicas": 1, "policy": "tokens"}},
+            r"policy \(tokens\) has no effect while min_replicas = max_replicas = 1; remove it",
+        ),
+        (
+            {"autoscaling": {"target_ongoing_requests": 2.0}},
+            r"target_ongoing_requests \(2.0\) has no effect unless policy is ongoing_requests; remove it",
+        ),
+        (
+            {"autoscaling": {"policy": "ongoing_requests", "target_ttft_s": 2.0}},
+            r"target_ttft_s \(2.0\) has no effect unless policy is tokens; remove it",
+        ),
+        (
+            {"autoscaling": {"downscale_to_zero_delay_s": 2.0}},
+            r"downscale_to_zero_delay_s \(2.0\) has no effect unless min_replicas is 0; remove it",
+        ),
+        ({"autoscaling": {"hysteresis": 1.0}}, r"serve.autoscaling.hysteresis \(1.0\) must be less than 1"),
+        (
             {"host": "0.0.0.0"},
             r"serve.host \(0.0.0.0\) must be 127.0.0.1 while there is no api_key_env.*set api_key_env",
         ),

@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ray_ds.model.layers import MLP, RMSNorm
+from ray_ds.model.layers import MLP, Embedding, RMSNorm
 
 
 def test_rms_norm_is_the_stock_function_in_fp32():
@@ -25,3 +25,11 @@ def test_mlp_is_a_gated_silu():
     x = torch.randn(3, 8)
     gate, up = x @ mlp.gate_proj.weight.T, x @ mlp.up_proj.weight.T
     torch.testing.assert_close(mlp(x), (gate / (1 + (-gate).exp()) * up) @ mlp.down_proj.weight.T)
+
+
+def test_an_embedding_starts_like_the_stock_one_and_draws_nothing_without_memory():
+    torch.manual_seed(0)
+    stock = torch.nn.Embedding(10, 4)
+    torch.manual_seed(0)
+    torch.testing.assert_close(Embedding(10, 4).weight, stock.weight, rtol=0, atol=0)
+    assert Embedding(10, 4, device="meta").weight.is_meta

@@ -6,19 +6,10 @@ os.environ["RAY_AUTH_MODE"] = "disabled"
 import pytest
 
 from ray_ds import storage
-from ray_ds.config.serve import AutoscalingSettings, ServeSettings
+from ray_ds.config.serve import ServeSettings
 from ray_ds.errors import ArtifactError
-from ray_ds.on_ray.replica import autoscaling_config, build_application, check_model_files
+from ray_ds.on_ray.replica import build_application, check_model_files
 from tests.stages.small_artifacts import stage_run
-
-
-def test_autoscaling_is_what_the_settings_say() -> None:
-    config = autoscaling_config(AutoscalingSettings(min_replicas=2, max_replicas=5, target_ongoing_requests=3.0))
-    assert (config.min_replicas, config.max_replicas, config.target_ongoing_requests) == (2, 5, 3.0)
-    assert (config.upscale_delay_s, config.downscale_delay_s) == (5.0, 60.0)
-    fixed = autoscaling_config(AutoscalingSettings(min_replicas=3, max_replicas=3))
-    assert (fixed.min_replicas, fixed.max_replicas) == (3, 3)
-    assert config.look_back_period_s > config.metrics_interval_s, "else Serve averages over a single sample"
 
 
 def test_a_deployment_reserves_what_it_uses_and_leaves_refusing_to_the_engine() -> None:
@@ -28,6 +19,13 @@ def test_a_deployment_reserves_what_it_uses_and_leaves_refusing_to_the_engine() 
     assert deployment.ray_actor_options["runtime_env"] == {"working_dir": "local:///"}
     assert deployment.max_ongoing_requests > 12
     assert deployment.max_queued_requests == -1
+
+
+def test_a_swap_keeps_the_old_replicas_until_the_new_ones_answer_unless_there_is_no_room() -> None:
+    for percent in (100, 0):
+        settings = ServeSettings(max_surge_percent=percent)
+        deployment = build_application("/runs/m/0", "0" * 16, settings, None)._bound_deployment
+        assert deployment._deployment_config.max_surge_percent == percent
 
 
 def test_a_damaged_copy_is_refused(tmp_path: Path) -> None:

@@ -130,7 +130,7 @@ def settings() -> ServeSettings:
         api_key_env="SERVE_TEST_KEY",
         max_running_requests=4,
         max_queued_requests=4,
-        autoscaling=AutoscalingSettings(target_ongoing_requests=2.0, upscale_delay_s=0.5, downscale_delay_s=1.0),
+        autoscaling=AutoscalingSettings(target_utilization=0.5, upscale_delay_s=0.5, downscale_delay_s=1.0),
         deploy_timeout_s=60.0,
         question="In the beginning",
     )

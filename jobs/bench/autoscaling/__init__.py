@@ -1,0 +1,1 @@
+"""Autoscaling measured: a simulator around Ray Serve's real decisions, and the real thing under load."""
