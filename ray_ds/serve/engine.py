@@ -48,7 +48,13 @@ class TokenTable(Protocol):
 
 
 class QueueFullError(Exception):
-    """The engine has as many requests as it may hold."""
+    """The engine has as much as it may hold."""
+
+    def __init__(self, reason: str, retry_after_s: float) -> None:
+        """Say what there is too much of, and when there may be room again."""
+        super().__init__(reason, retry_after_s)
+        self.reason = reason
+        self.retry_after_s = retry_after_s
 
 
 class EngineStoppedError(Exception):
@@ -128,7 +134,7 @@ class Engine:
             if self._stopped is not None or self._is_closing:
                 raise EngineStoppedError(self._stopped or "the engine is shutting down")
             if self._num_open + len(answers) > self.max_open:
-                raise QueueFullError
+                raise QueueFullError("requests", 1.0)
             self._num_open += len(answers)
             self._inbox += answers
             self._wake.notify()

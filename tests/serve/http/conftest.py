@@ -4,6 +4,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Iterator
+from typing import ClassVar
 
 import pytest
 import uvicorn
@@ -12,6 +13,19 @@ from ray_ds.serve.engine import Engine
 from ray_ds.serve.http.app import build_app
 from ray_ds.serve.http.auth import hash_api_key
 from ray_ds.serve.http.service import CompletionService, ModelCard
+from tests.serve.conftest import ByteTokenizer
+
+
+class ServedTokenizer(ByteTokenizer):
+    """With the names of its special tokens."""
+
+    pad_id = 2
+    special_ids: ClassVar = {"<|bos|>": 0, "<|eos|>": 1, "<|pad|>": 2}
+
+
+@pytest.fixture
+def tokenizer() -> ServedTokenizer:
+    return ServedTokenizer()
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import httpx
 import openai
 import pytest
 
+from ray_ds.chat.template import ChatTemplate
 from ray_ds.errors import InputError
 from ray_ds.serve.client import ask
 from ray_ds.serve.http.service import CompletionService
@@ -164,6 +165,9 @@ BAD_BODIES = [
     b'{"prompt": "x", "temperature": NaN}',
     b'{"prompt": "x", "temperature": 1e999}',
     b'{"prompt": "x", "seed": 1.5}',
+    b'{"prompt": "x", "prompt": "y"}',
+    b'{"prompt": "x", "user": {"a": 1, "a": 1' + b"0" * 5000 + b"}}",
+    b'{"prompt": "x", "user": ' + b"[" * 4000 + b"]" * 4000 + b"}",
     *(
         json.dumps(body).encode()
         for body in [
@@ -202,13 +206,24 @@ BAD_BODIES = [
             {"prompt": "x", "stream": "yes"},
             {"prompt": "x", "stream_options": {"include_usage": True}},
             {"prompt": "x", "stream": True, "stream_options": 5},
-            {"prompt": "x", "logprobs": 6},
-            {"prompt": "x", "logprobs": 1, "echo": True},
+            {"prompt": "x", "logprobs": 21},
+            {"prompt": "x", "prompt_logprobs": 1, "stream": True},
             {"prompt": "x", "model": 5},
             {"prompt": "x", "suffix": "y"},
             {"prompt": "x", "best_of": 2},
-            {"prompt": "x", "logit_bias": {"5": 1}},
-            {"prompt": "x", "presence_penalty": 1},
+            {"prompt": "x", "logit_bias": {"five": 1}},
+            {"prompt": "x", "logit_bias": {"-5": 1}},
+            {"prompt": "x", "logit_bias": {"5": 101}},
+            {"prompt": "x", "logit_bias": {"999": 1}},
+            {"prompt": "x", "presence_penalty": 2.1},
+            {"prompt": "x", "frequency_penalty": -2.1},
+            {"prompt": "x", "repetition_penalty": 0},
+            {"prompt": "x", "min_p": 1.1},
+            {"prompt": "x", "min_tokens": 17},
+            {"prompt": "x", "stop_token_ids": [10**30]},
+            {"prompt": "x", "response_format": {"type": "json_object"}},
+            {"prompt": "x", "use_beam_search": True},
+            {"prompt": "x", "truncate_prompt_tokens": 5},
         ]
     ),
 ]
@@ -271,6 +286,8 @@ def test_a_failure_in_a_stream_is_an_error_of_the_client(client, model) -> None:
 
 class Lines:
     """A chat template's stand-in: roles and texts by lines."""
+
+    template = ChatTemplate("{{ messages }}")
 
     def encode_prompt(self, messages) -> list[int]:
         if messages[-1]["role"] != "user":
