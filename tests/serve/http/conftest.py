@@ -1,19 +1,26 @@
 """A live server around the fake model: uvicorn on a free port, in a thread."""
 
 import contextlib
+import dataclasses
 import threading
 import time
-from collections.abc import Iterator
-from typing import ClassVar
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar
 
+import httpx
 import pytest
+import torch
 import uvicorn
+from torch import Tensor
 
+from ray_ds.chat.template import ChatTemplate
+from ray_ds.errors import InputError
 from ray_ds.serve.engine import Engine
 from ray_ds.serve.http.app import build_app
 from ray_ds.serve.http.auth import hash_api_key
 from ray_ds.serve.http.service import CompletionService, ModelCard
-from tests.serve.conftest import ByteTokenizer
+from tests.serve.conftest import ByteTokenizer, FakeModel
+from tests.serve.http.teacher import TeacherEngine
 
 
 class ServedTokenizer(ByteTokenizer):
@@ -26,6 +33,17 @@ class ServedTokenizer(ByteTokenizer):
 @pytest.fixture
 def tokenizer() -> ServedTokenizer:
     return ServedTokenizer()
+
+
+class Lines:
+    """A chat template's stand-in: roles and texts by lines."""
+
+    template = ChatTemplate("{{ messages }}")
+
+    def encode_prompt(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        if messages[-1]["role"] != "user":
+            raise InputError("messages", "roles", "must end with the user's", "correct them")
+        return list("\n".join(f"{m['role']}: {m['content']}" for m in messages).encode())
 
 
 @pytest.fixture
@@ -46,6 +64,29 @@ def service(engine: Engine, tokenizer, api_key: str) -> CompletionService:
     return CompletionService(
         engine=engine, tokenizer=tokenizer, card=card, api_key_hash=hash_api_key(api_key), max_body_bytes=10_000
     )
+
+
+@pytest.fixture
+def teacher(tokenizer: ServedTokenizer) -> TeacherEngine:
+    """Its logits are a hash of what came before, for every place."""
+
+    def logits(sequence: Sequence[int]) -> Tensor:
+        rows = []
+        for length in range(1, len(sequence) + 1):
+            model = FakeModel()
+            rows.append(model.prefill(0, sequence[:length]))
+        return torch.stack(rows)
+
+    return TeacherEngine(logits, tokenizer)
+
+
+@pytest.fixture
+def taught(service: CompletionService, teacher: TeacherEngine) -> Iterator[httpx.Client]:
+    """A client of a service with a chat template, whose engine knows all that the API asks for."""
+    with serving(dataclasses.replace(service, engine=teacher, chat=Lines())) as url:
+        headers = {"Authorization": "Bearer sk-test-0123456789"}
+        with httpx.Client(base_url=url, headers=headers, timeout=20) as client:
+            yield client
 
 
 @pytest.fixture

@@ -7,11 +7,9 @@ import httpx
 import openai
 import pytest
 
-from ray_ds.chat.template import ChatTemplate
-from ray_ds.errors import InputError
 from ray_ds.serve.client import ask
 from ray_ds.serve.http.service import CompletionService
-from tests.serve.http.conftest import serving
+from tests.serve.http.conftest import Lines, serving
 
 HEADERS = {"Authorization": "Bearer sk-test-0123456789"}
 
@@ -282,17 +280,6 @@ def test_a_failure_in_a_stream_is_an_error_of_the_client(client, model) -> None:
     model.gate.set()
     with pytest.raises(openai.APIError, match="out of memory"):
         list(stream)
-
-
-class Lines:
-    """A chat template's stand-in: roles and texts by lines."""
-
-    template = ChatTemplate("{{ messages }}")
-
-    def encode_prompt(self, messages) -> list[int]:
-        if messages[-1]["role"] != "user":
-            raise InputError("messages", "roles", "must end with the user's", "correct them")
-        return list("\n".join(f"{m['role']}: {m['content']}" for m in messages).encode())
 
 
 @pytest.fixture

@@ -1,0 +1,57 @@
+"""The OpenAPI document against the routes: whatever it allows is answered as it says, and never by a 5xx."""
+
+import dataclasses
+
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, given, settings
+from schemathesis import Case
+from schemathesis.checks import load_all_checks
+from schemathesis.config import SchemathesisConfig
+from schemathesis.generation import GenerationMode
+from schemathesis.schemas import BaseSchema
+
+from ray_ds.serve.http.app import GETS, POSTS, build_app
+from ray_ds.serve.http.service import CompletionService
+from tests.serve.http.conftest import Lines
+from tests.serve.http.teacher import TeacherEngine
+
+load_all_checks()
+KEY = "sk-test-0123456789"
+# That ids are the tokenizer's, prompts fit and fields go together is for no schema to say: such bodies get 400 or 413.
+CHECKS = {
+    "checks": {
+        "positive_data_acceptance": {"expected-statuses": [200, 400, 404, 413]},
+        "negative_data_rejection": {"expected-statuses": [400, 401, 404, 413]},
+    }
+}
+
+
+@pytest.fixture
+def schema(service: CompletionService, teacher: TeacherEngine) -> BaseSchema:
+    app = build_app(dataclasses.replace(service, engine=teacher, chat=Lines()))
+    return schemathesis.openapi.from_asgi("/openapi.json", app, config=SchemathesisConfig.from_dict(CHECKS))
+
+
+ROUTES = [(get.path.replace(":path", ""), "get") for get in GETS] + [(post.path, "post") for post in POSTS]
+
+
+@pytest.mark.shows("Every route does what the OpenAPI document says, whatever it is sent")
+@pytest.mark.parametrize(
+    ("path", "method", "mode"),
+    [(*route, GenerationMode.POSITIVE) for route in ROUTES]
+    # A route without a body takes nothing that could be wrong.
+    + [(*route, GenerationMode.NEGATIVE) for route in ROUTES if route[1] == "post"],
+)
+def test_every_route_does_what_its_document_says(schema: BaseSchema, path: str, method: str, mode) -> None:
+    @settings(max_examples=20, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+    @given(case=schema[path][method].as_strategy(generation_mode=mode))
+    def check(case: Case) -> None:
+        case.call_and_validate(headers={"Authorization": f"Bearer {KEY}"})
+
+    check()
+
+
+def test_every_route_is_in_the_document(schema: BaseSchema) -> None:
+    documented = {(path, method) for path, methods in schema.raw_schema["paths"].items() for method in methods}
+    assert documented == set(ROUTES)
