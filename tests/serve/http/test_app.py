@@ -8,6 +8,7 @@ import openai
 import pytest
 
 from ray_ds.serve.client import ask
+from ray_ds.serve.http.app import POSTS
 from ray_ds.serve.http.service import CompletionService
 from tests.serve.http.conftest import Lines, serving
 
@@ -236,6 +237,33 @@ def test_bad_bodies_are_400_with_an_error_object(url, engine) -> None:
         assert set(error) == {"message", "type", "param", "code"}
         assert error["message"] and error["type"] == "invalid_request_error"
     assert engine.stats.num_running == engine.stats.num_waiting == 0 and engine.failure is None
+
+
+BROKEN = [
+    b"",
+    b"{",
+    b"null",
+    b"[]",
+    b"1",
+    b"\xff\xfe",
+    b"[" * 9000,
+    b'{"a": ' * 1200 + b"1" + b"}" * 1200,
+    b'{"user": "\\ud800"}',
+    b'{"user": NaN}',
+    b'{"user": "\x00"}',
+    b'{"model": "a", "model": "a"}',
+]
+
+
+@pytest.mark.parametrize("path", [post.path for post in POSTS])
+def test_no_route_takes_what_is_no_clean_json(url, path) -> None:
+    for body in BROKEN:
+        response = httpx.post(f"{url}{path}", content=body, headers=HEADERS)
+        assert response.status_code == 400, (body[:50], response.text)
+        assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+    assert httpx.post(f"{url}{path}", content=b"{}").status_code == 401
+    assert httpx.post(f"{url}{path}", content=b" " * 10_001, headers=HEADERS).status_code == 413
+    assert httpx.put(f"{url}{path}", content=b"{}", headers=HEADERS).status_code == 405
 
 
 @pytest.mark.parametrize(

@@ -1,19 +1,24 @@
 """The OpenAPI document against the routes: whatever it allows is answered as it says, and never by a 5xx."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import pytest
 import schemathesis
+import torch
 from hypothesis import HealthCheck, given, settings
 from schemathesis import Case
 from schemathesis.checks import load_all_checks
 from schemathesis.config import SchemathesisConfig
 from schemathesis.generation import GenerationMode
 from schemathesis.schemas import BaseSchema
+from torch import Tensor
 
+from ray_ds.chat.encoding import ChatEncoder
+from ray_ds.chat.template import ROLE_TEMPLATE, ChatTemplate
 from ray_ds.serve.http.app import GETS, POSTS, build_app
 from ray_ds.serve.http.service import CompletionService
-from tests.serve.http.conftest import Lines
+from tests.evaluate.tiny_tasks import tiny_tokenizer
 from tests.serve.http.teacher import TeacherEngine
 
 load_all_checks()
@@ -28,8 +33,14 @@ CHECKS = {
 
 
 @pytest.fixture
-def schema(service: CompletionService, teacher: TeacherEngine) -> BaseSchema:
-    app = build_app(dataclasses.replace(service, engine=teacher, chat=Lines()))
+def schema(service: CompletionService) -> BaseSchema:
+    tokenizer = tiny_tokenizer()
+
+    def logits(sequence: Sequence[int]) -> Tensor:
+        return torch.nn.functional.one_hot(torch.tensor(sequence) * 7 % 300, tokenizer.vocab_size) * 9.0
+
+    engine, chat = TeacherEngine(logits, tokenizer), ChatEncoder(ChatTemplate(ROLE_TEMPLATE), tokenizer)
+    app = build_app(dataclasses.replace(service, engine=engine, tokenizer=tokenizer, chat=chat))
     return schemathesis.openapi.from_asgi("/openapi.json", app, config=SchemathesisConfig.from_dict(CHECKS))
 
 
