@@ -22,7 +22,7 @@ from tests.evaluate.tiny_tasks import tiny_tokenizer
 from tests.serve.http.teacher import TeacherEngine
 
 load_all_checks()
-KEY = "sk-test-0123456789"
+HEADERS = {"Authorization": "Bearer sk-test-0123456789"}
 # That ids are the tokenizer's, prompts fit and fields go together is for no schema to say: such bodies get 400 or 413.
 CHECKS = {
     "checks": {
@@ -41,7 +41,9 @@ def schema(service: CompletionService) -> BaseSchema:
 
     engine, chat = TeacherEngine(logits, tokenizer), ChatEncoder(ChatTemplate(ROLE_TEMPLATE), tokenizer)
     app = build_app(dataclasses.replace(service, engine=engine, tokenizer=tokenizer, chat=chat))
-    return schemathesis.openapi.from_asgi("/openapi.json", app, config=SchemathesisConfig.from_dict(CHECKS))
+    return schemathesis.openapi.from_asgi(
+        "/openapi.json", app, headers=HEADERS, config=SchemathesisConfig.from_dict(CHECKS)
+    )
 
 
 ROUTES = [(get.path.replace(":path", ""), "get") for get in GETS] + [(post.path, "post") for post in POSTS]
@@ -58,7 +60,7 @@ def test_every_route_does_what_its_document_says(schema: BaseSchema, path: str, 
     @settings(max_examples=20, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
     @given(case=schema[path][method].as_strategy(generation_mode=mode))
     def check(case: Case) -> None:
-        case.call_and_validate(headers={"Authorization": f"Bearer {KEY}"})
+        case.call_and_validate(headers=HEADERS)
 
     check()
 
