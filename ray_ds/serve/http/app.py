@@ -1,128 +1,119 @@
-"""The routes: health, the models, and completions and chats as JSON or server-sent events."""
+"""The routes, and what happens to every request before its route: the key, the body's length, its fields."""
 
-import asyncio
-from typing import Any
+from collections.abc import Awaitable, Callable
+from typing import Any, NamedTuple
 
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import JSONResponse, StreamingResponse
-from starlette.types import Receive, Scope, Send
+from pydantic import BaseModel
 
-from ray_ds.serve.http.answers import Answers
+from ray_ds import __version__
+from ray_ds.serve.http import status
 from ray_ds.serve.http.auth import check_api_key
-from ray_ds.serve.http.body import make_requests, parse_body, read_body
-from ray_ds.serve.http.chat import ChatAnswers, as_completion, parse_chat
-from ray_ds.serve.http.errors import ApiError, install_error_handlers
-from ray_ds.serve.http.service import CompletionService, ModelCard
+from ray_ds.serve.http.body import Body, parse_body, read_body
+from ray_ds.serve.http.chat import ChatBody, ChatChunk, ChatCompletion, answer_chat
+from ray_ds.serve.http.completions import Completion, CompletionBody, complete
+from ray_ds.serve.http.embeddings import EmbeddingAnswer, EmbeddingBody, embed
+from ray_ds.serve.http.errors import install_error_handlers
+from ray_ds.serve.http.openapi import describe, install_openapi
+from ray_ds.serve.http.predict import PredictBody, Prediction, predict
+from ray_ds.serve.http.service import CompletionService
+from ray_ds.serve.http.tokens import (
+    DetokenizeBody,
+    DetokenizedText,
+    TokenizeBody,
+    TokenizerInfo,
+    Tokens,
+    detokenize,
+    tokenize,
+    tokenizer_info,
+)
 
-CLIENT_CLOSED_REQUEST = 499
-"""What servers log where a client left before its answer; nobody reads it."""
+Ask = Callable[[Request, CompletionService], Awaitable[Response]]
+Answer = Callable[[Request, Any, CompletionService], Awaitable[Response]]
 
 
-class EventStream(StreamingResponse):
-    """A stream whose answers end with it, also where the client leaves before the first line."""
+class Get(NamedTuple):
+    """A route without a body."""
 
-    def __init__(self, answers: Answers) -> None:
-        super().__init__(
-            answers.server_sent_events(), media_type="text/event-stream", headers={"Cache-Control": "no-store"}
-        )
-        self._answers = answers
+    path: str
+    handler: Ask
+    answer: type[BaseModel] | None
+    """None = plain text."""
+    needs_key: bool = False
+    errors: tuple[int, ...] = ()
+    path_parameter: str | None = None
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the stream; then, whatever ended it, free what is left."""
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self._answers.cancel()
+
+class Post(NamedTuple):
+    """A route with a JSON body; all of them need a key."""
+
+    path: str
+    handler: Answer
+    body: type[Body]
+    answer: type[BaseModel]
+    chunk: type[BaseModel] | None = None
+    uses_engine: bool = True
+
+
+GETS = (
+    Get("/health", status.health, status.Health),
+    Get("/ping", status.health, status.Health),
+    Get("/version", status.version, status.Version),
+    Get("/metrics", status.metrics, None),
+    Get("/v1/models", status.list_models, status.ModelList, needs_key=True),
+    Get("/v1/models/{model_id:path}", status.get_model, status.Model, True, errors=(404,), path_parameter="model_id"),
+    Get("/tokenizer_info", tokenizer_info, TokenizerInfo, needs_key=True),
+)
+POSTS = (
+    Post("/v1/completions", complete, CompletionBody, Completion, chunk=Completion),
+    Post("/v1/chat/completions", answer_chat, ChatBody, ChatCompletion, chunk=ChatChunk),
+    Post("/v1/embeddings", embed, EmbeddingBody, EmbeddingAnswer),
+    Post("/predict", predict, PredictBody, Prediction),
+    Post("/tokenize", tokenize, TokenizeBody, Tokens, uses_engine=False),
+    Post("/detokenize", detokenize, DetokenizeBody, DetokenizedText, uses_engine=False),
+)
 
 
 def build_app(service: CompletionService) -> FastAPI:
     """Return the ASGI application that serves one model."""
-    app = FastAPI(title="ray_ds", docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(title="ray_ds", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
     install_error_handlers(app)
-
-    @app.get("/health")
-    async def health() -> Response:
-        failure = service.engine.failure
-        content = _health(service) | ({"status": "ok"} if failure is None else {"status": "failed", "reason": failure})
-        return JSONResponse(content, 200 if failure is None else 503)
-
-    @app.get("/v1/models")
-    async def models(request: Request) -> Response:
-        check_api_key(request.headers.get("authorization"), service.api_key_hash)
-        return JSONResponse({"object": "list", "data": [_model(service)]})
-
-    @app.get("/v1/models/{model_id:path}")
-    async def model(request: Request, model_id: str) -> Response:
-        check_api_key(request.headers.get("authorization"), service.api_key_hash)
-        _check_model(model_id, service.card)
-        return JSONResponse(_model(service))
-
-    @app.post("/v1/completions")
-    async def completions(request: Request) -> Response:
-        check_api_key(request.headers.get("authorization"), service.api_key_hash)
-        body = parse_body(await read_body(request, service.max_body_bytes))
-        if body.model is not None:
-            _check_model(body.model, service.card)
-        answers = Answers(service, body, await make_requests(body, service))
-        return EventStream(answers) if body.stream else await _collect(request, answers)
-
-    @app.post("/v1/chat/completions")
-    async def chat(request: Request) -> Response:
-        check_api_key(request.headers.get("authorization"), service.api_key_hash)
-        body = parse_chat(await read_body(request, service.max_body_bytes))
-        if body.model is not None:
-            _check_model(body.model, service.card)
-        answers = ChatAnswers(service, *await as_completion(body, service))
-        return EventStream(answers) if body.stream else await _collect(request, answers)
-
+    for get in GETS:
+        _add_get(app, get, service)
+    for post in POSTS:
+        _add_post(app, post, service)
+    install_openapi(app, [*(post.body for post in POSTS), ChatChunk])
     return app
 
 
-def _check_model(model_id: str, card: ModelCard) -> None:
-    if model_id != card.model_id:
-        message = f"the model {model_id[:100]!r} does not exist; this endpoint serves {card.model_id!r}"
-        raise ApiError(404, message, param="model", code="model_not_found")
+def _add_get(app: FastAPI, get: Get, service: CompletionService) -> None:
+    needs_key = get.needs_key and service.api_key_hash is not None
+
+    async def route(request: Request) -> Response:
+        if get.needs_key:
+            _check_key(request, service)
+        return await get.handler(request, service)
+
+    documented = describe(answer=get.answer, errors=get.errors, needs_key=needs_key, path_parameter=get.path_parameter)
+    app.get(get.path, name=get.handler.__name__, description=get.handler.__doc__, **documented)(route)
 
 
-def _health(service: CompletionService) -> dict[str, Any]:
-    card, stats = service.card, service.engine.stats
-    return {
-        "digest": card.digest,
-        "model": card.model_id,
-        "model_digest": card.model_digest,
-        "kind": card.kind,
-        "integer_path": card.integer_path,
-        "has_chat_template": service.chat is not None,
-        "max_model_len": service.engine.max_model_len,
-        "num_running": stats.num_running,
-        "num_waiting": stats.num_waiting,
-        "num_tokens": stats.num_tokens,
-    }
+def _add_post(app: FastAPI, post: Post, service: CompletionService) -> None:
+    async def route(request: Request) -> Response:
+        _check_key(request, service)
+        data = await read_body(request, service.max_body_bytes)
+        body = parse_body(post.body, data, service.card.model_id)
+        return await post.handler(request, body, service)
+
+    documented = describe(
+        answer=post.answer,
+        body=post.body,
+        errors=(400, 404, 413, 429, 500, 503) if post.uses_engine else (400, 404, 413),
+        chunk=post.chunk,
+        needs_key=service.api_key_hash is not None,
+    )
+    app.post(post.path, name=post.handler.__name__, description=post.handler.__doc__, **documented)(route)
 
 
-def _model(service: CompletionService) -> dict[str, Any]:
-    return {
-        "id": service.card.model_id,
-        "object": "model",
-        "created": service.card.created,
-        "owned_by": "ray_ds",
-        "max_model_len": service.engine.max_model_len,
-    }
-
-
-async def _collect(request: Request, answers: Answers) -> Response:
-    """Return the whole answer, unless the client leaves before it is there."""
-    work = asyncio.ensure_future(answers.collect())
-    left = asyncio.ensure_future(_wait_for_disconnect(request))
-    try:
-        await asyncio.wait({work, left}, return_when=asyncio.FIRST_COMPLETED)
-        return JSONResponse(work.result()) if work.done() else Response(status_code=CLIENT_CLOSED_REQUEST)
-    finally:
-        answers.cancel()
-        work.cancel()
-        left.cancel()
-
-
-async def _wait_for_disconnect(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
+def _check_key(request: Request, service: CompletionService) -> None:
+    check_api_key(request.headers.get("authorization"), service.api_key_hash)

@@ -1,13 +1,28 @@
 """Every error as OpenAI's error object, so that its clients raise what they should."""
 
-import json
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 from fastapi import FastAPI, Request, Response
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 ErrorType = Literal["invalid_request_error", "authentication_error", "rate_limit_error", "server_error"]
+
+
+class ErrorDetail(BaseModel):
+    """What was wrong."""
+
+    message: str
+    type: ErrorType
+    param: str | None
+    code: str | None
+
+
+class ErrorAnswer(BaseModel):
+    """OpenAI's error object."""
+
+    error: ErrorDetail
 
 
 class ApiError(Exception):
@@ -30,14 +45,15 @@ class ApiError(Exception):
         self.code = code
         self.headers = headers
 
-    def body(self) -> dict[str, Any]:
-        """Return the error object."""
-        error = {"message": str(self), "type": self.type, "param": self.param, "code": self.code}
-        return {"error": error}
+    def json(self) -> str:
+        """Return the error object; plain ASCII, and nothing that has no UTF-8, since a message may quote anything."""
+        message = str(self).encode("utf-8", errors="replace").decode()
+        detail = ErrorDetail(message=message, type=self.type, param=self.param, code=self.code)
+        return ErrorAnswer(error=detail).model_dump_json(ensure_ascii=True)
 
     def response(self) -> Response:
-        """Return the answer; plain ASCII, since a message may quote what has no UTF-8."""
-        return Response(json.dumps(self.body()), self.status, self.headers, media_type="application/json")
+        """Return the answer."""
+        return Response(self.json(), self.status, self.headers, media_type="application/json")
 
 
 async def _on_api_error(request: Request, error: Exception) -> Response:

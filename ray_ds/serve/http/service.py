@@ -1,14 +1,53 @@
 """What the routes share: the engine, the tokenizer, and who is being served."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from ray_ds.serve.engine import Engine, TokenTable
+from ray_ds.chat.template import ChatTemplate
+from ray_ds.serve.engine import TokenTable
+from ray_ds.serve.http.metrics import ServingMetrics
+from ray_ds.serve.requests import Emit, EngineStats
+
+
+class ServingEngine(Protocol):
+    """What the routes ask of an engine; `serve.engine.Engine` is one."""
+
+    max_model_len: int
+    """Most tokens of a prompt and its answer together."""
+    max_open: int
+    """Requests it holds at most, running or waiting."""
+
+    @property
+    def failure(self) -> str | None:
+        """Why the engine takes no requests any more; None while it does."""
+
+    @property
+    def stats(self) -> EngineStats:
+        """What the engine is doing now."""
+
+    def submit(self, requests: Sequence[tuple[Any, Emit]]) -> Sequence[Any]:
+        """Take all of the requests (`requests.Request`) or none; return what `cancel` wants.
+
+        Raises:
+            QueueFullError: there is no room for them.
+            EngineStoppedError: the engine has stopped.
+        """
+
+    def cancel(self, answers: Sequence[Any]) -> None:
+        """Drop answers nobody waits for; finished ones are left alone."""
 
 
 class ServingTokenizer(TokenTable, Protocol):
-    """What the routes ask of a tokenizer."""
+    """What the routes ask of a tokenizer; `tokenizer.BpeTokenizer` is one."""
+
+    bos_id: int
+    eos_id: int
+    pad_id: int
+
+    @property
+    def special_ids(self) -> Mapping[str, int]:
+        """Ids of the tokens that no text is encoded to, by their names."""
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text, without special tokens."""
@@ -19,6 +58,8 @@ class ServingTokenizer(TokenTable, Protocol):
 
 class ChatPrompts(Protocol):
     """What the routes ask of a chat template; `chat.encoding.ChatEncoder` is one."""
+
+    template: ChatTemplate
 
     def encode_prompt(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """Return messages as the prompt that an answer follows."""
@@ -45,7 +86,7 @@ class ModelCard:
 class CompletionService:
     """One model behind the API."""
 
-    engine: Engine
+    engine: ServingEngine
     tokenizer: ServingTokenizer
     card: ModelCard
     api_key_hash: str | None
@@ -53,3 +94,9 @@ class CompletionService:
     max_body_bytes: int
     chat: ChatPrompts | None = None
     """How messages become a prompt; None for a model without a chat template."""
+    metrics: ServingMetrics = field(init=False)
+    """What `/metrics` says of this model."""
+
+    def __post_init__(self) -> None:
+        """Start counting."""
+        object.__setattr__(self, "metrics", ServingMetrics(self.card.model_id, lambda: self.engine.stats))

@@ -1,17 +1,49 @@
 """A live server around the fake model: uvicorn on a free port, in a thread."""
 
 import contextlib
+import dataclasses
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar
 
+import httpx
 import pytest
+import torch
 import uvicorn
+from torch import Tensor
 
+from ray_ds.chat.template import ChatTemplate
+from ray_ds.errors import InputError
 from ray_ds.serve.engine import Engine
 from ray_ds.serve.http.app import build_app
 from ray_ds.serve.http.auth import hash_api_key
 from ray_ds.serve.http.service import CompletionService, ModelCard
+from tests.serve.conftest import ByteTokenizer
+from tests.serve.http.teacher import TeacherEngine
+
+
+class ServedTokenizer(ByteTokenizer):
+    """With the names of its special tokens."""
+
+    pad_id = 2
+    special_ids: ClassVar = {"<|bos|>": 0, "<|eos|>": 1, "<|pad|>": 2}
+
+
+@pytest.fixture
+def tokenizer() -> ServedTokenizer:
+    return ServedTokenizer()
+
+
+class Lines:
+    """A chat template's stand-in: roles and texts by lines."""
+
+    template = ChatTemplate("{{ messages }}")
+
+    def encode_prompt(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        if messages[-1]["role"] != "user":
+            raise InputError("messages", "roles", "must end with the user's", "correct them")
+        return list("\n".join(f"{m['role']}: {m['content']}" for m in messages).encode())
 
 
 @pytest.fixture
@@ -32,6 +64,31 @@ def service(engine: Engine, tokenizer, api_key: str) -> CompletionService:
     return CompletionService(
         engine=engine, tokenizer=tokenizer, card=card, api_key_hash=hash_api_key(api_key), max_body_bytes=10_000
     )
+
+
+@pytest.fixture
+def teacher(tokenizer: ServedTokenizer) -> TeacherEngine:
+    """Its logits follow from a token and its place; it never ends by itself."""
+
+    def logits(sequence: Sequence[int]) -> Tensor:
+        rows = []
+        for place, token in enumerate(sequence):
+            generator = torch.Generator().manual_seed(1000 * place + token)
+            rows.append(torch.randn(tokenizer.vocab_size, generator=generator) * 3)
+        table = torch.stack(rows)
+        table[:, :3] = -50.0
+        return table
+
+    return TeacherEngine(logits, tokenizer)
+
+
+@pytest.fixture
+def taught(service: CompletionService, teacher: TeacherEngine) -> Iterator[httpx.Client]:
+    """A client of a service with a chat template, whose engine knows all that the API asks for."""
+    with serving(dataclasses.replace(service, engine=teacher, chat=Lines())) as url:
+        headers = {"Authorization": "Bearer sk-test-0123456789"}
+        with httpx.Client(base_url=url, headers=headers, timeout=20) as client:
+            yield client
 
 
 @pytest.fixture

@@ -7,10 +7,10 @@ import httpx
 import openai
 import pytest
 
-from ray_ds.errors import InputError
 from ray_ds.serve.client import ask
+from ray_ds.serve.http.app import POSTS
 from ray_ds.serve.http.service import CompletionService
-from tests.serve.http.conftest import serving
+from tests.serve.http.conftest import Lines, serving
 
 HEADERS = {"Authorization": "Bearer sk-test-0123456789"}
 
@@ -164,6 +164,9 @@ BAD_BODIES = [
     b'{"prompt": "x", "temperature": NaN}',
     b'{"prompt": "x", "temperature": 1e999}',
     b'{"prompt": "x", "seed": 1.5}',
+    b'{"prompt": "x", "prompt": "y"}',
+    b'{"prompt": "x", "user": {"a": 1, "a": 1' + b"0" * 5000 + b"}}",
+    b'{"prompt": "x", "user": ' + b"[" * 4000 + b"]" * 4000 + b"}",
     *(
         json.dumps(body).encode()
         for body in [
@@ -202,13 +205,24 @@ BAD_BODIES = [
             {"prompt": "x", "stream": "yes"},
             {"prompt": "x", "stream_options": {"include_usage": True}},
             {"prompt": "x", "stream": True, "stream_options": 5},
-            {"prompt": "x", "logprobs": 6},
-            {"prompt": "x", "logprobs": 1, "echo": True},
+            {"prompt": "x", "logprobs": 21},
+            {"prompt": "x", "prompt_logprobs": 1, "stream": True},
             {"prompt": "x", "model": 5},
             {"prompt": "x", "suffix": "y"},
             {"prompt": "x", "best_of": 2},
-            {"prompt": "x", "logit_bias": {"5": 1}},
-            {"prompt": "x", "presence_penalty": 1},
+            {"prompt": "x", "logit_bias": {"five": 1}},
+            {"prompt": "x", "logit_bias": {"-5": 1}},
+            {"prompt": "x", "logit_bias": {"5": 101}},
+            {"prompt": "x", "logit_bias": {"999": 1}},
+            {"prompt": "x", "presence_penalty": 2.1},
+            {"prompt": "x", "frequency_penalty": -2.1},
+            {"prompt": "x", "repetition_penalty": 0},
+            {"prompt": "x", "min_p": 1.1},
+            {"prompt": "x", "min_tokens": 17},
+            {"prompt": "x", "stop_token_ids": [10**30]},
+            {"prompt": "x", "response_format": {"type": "json_object"}},
+            {"prompt": "x", "use_beam_search": True},
+            {"prompt": "x", "truncate_prompt_tokens": 5},
         ]
     ),
 ]
@@ -223,6 +237,33 @@ def test_bad_bodies_are_400_with_an_error_object(url, engine) -> None:
         assert set(error) == {"message", "type", "param", "code"}
         assert error["message"] and error["type"] == "invalid_request_error"
     assert engine.stats.num_running == engine.stats.num_waiting == 0 and engine.failure is None
+
+
+BROKEN = [
+    b"",
+    b"{",
+    b"null",
+    b"[]",
+    b"1",
+    b"\xff\xfe",
+    b"[" * 9000,
+    b'{"a": ' * 1200 + b"1" + b"}" * 1200,
+    b'{"user": "\\ud800"}',
+    b'{"user": NaN}',
+    b'{"user": "\x00"}',
+    b'{"model": "a", "model": "a"}',
+]
+
+
+@pytest.mark.parametrize("path", [post.path for post in POSTS])
+def test_no_route_takes_what_is_no_clean_json(url, path) -> None:
+    for body in BROKEN:
+        response = httpx.post(f"{url}{path}", content=body, headers=HEADERS)
+        assert response.status_code == 400, (body[:50], response.text)
+        assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+    assert httpx.post(f"{url}{path}", content=b"{}").status_code == 401
+    assert httpx.post(f"{url}{path}", content=b" " * 10_001, headers=HEADERS).status_code == 413
+    assert httpx.put(f"{url}{path}", content=b"{}", headers=HEADERS).status_code == 405
 
 
 @pytest.mark.parametrize(
@@ -267,15 +308,6 @@ def test_a_failure_in_a_stream_is_an_error_of_the_client(client, model) -> None:
     model.gate.set()
     with pytest.raises(openai.APIError, match="out of memory"):
         list(stream)
-
-
-class Lines:
-    """A chat template's stand-in: roles and texts by lines."""
-
-    def encode_prompt(self, messages) -> list[int]:
-        if messages[-1]["role"] != "user":
-            raise InputError("messages", "roles", "must end with the user's", "correct them")
-        return list("\n".join(f"{m['role']}: {m['content']}" for m in messages).encode())
 
 
 @pytest.fixture

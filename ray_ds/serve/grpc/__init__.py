@@ -1,0 +1,1 @@
+"""The model over gRPC: messages, and what answers them."""
