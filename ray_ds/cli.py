@@ -26,6 +26,8 @@ from ray_ds.plan.command import add_options as add_plan_options
 from ray_ds.plan.command import run_plan
 from ray_ds.plan.devices import Fleet
 from ray_ds.recipe import Recipe, Step, load_recipe
+from ray_ds.serve.keys_command import add_options as add_keys_options
+from ray_ds.serve.keys_command import run_keys
 from ray_ds.stage_table import STAGES, load_object
 from ray_ds.steps import find_finished, prepare_run
 from ray_ds.verify.options import add_options
@@ -117,6 +119,8 @@ def argument_parser() -> argparse.ArgumentParser:
     generate.add_argument("--seed", type=int, default=0, help="of the sampling (default %(default)s)")
     verify = commands.add_parser("verify", help="check a cluster, as a job of at most 15 minutes, and write a report")
     add_options(verify)
+    keys = commands.add_parser("keys", help="make API keys for an endpoint")
+    add_keys_options(keys)
     imports = commands.add_parser("import", help="take a model's folder in Hugging Face's layout as a Checkpoint")
     imports.add_argument("layout", choices=["hf"], help="hf: config.json, safetensors, tokenizer.json")
     imports.add_argument("path", help="the folder")
@@ -273,6 +277,10 @@ def _generate_command(options: argparse.Namespace, _: Sequence[str]) -> int:
     return _print_lines([answer])
 
 
+def _keys_command(options: argparse.Namespace, _: Sequence[str]) -> int:
+    return _print_lines(run_keys(options))
+
+
 def _verify_command(options: argparse.Namespace, _: Sequence[str]) -> int:
     submit: Callable[[argparse.Namespace], int] = load_object("ray_ds.verify.submission:submit")
     return submit(options)
@@ -323,6 +331,7 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace, Sequence[str]], int]] = {
     "trace": _trace_command,
     "scores": _scores_command,
     "generate": _generate_command,
+    "keys": _keys_command,
     "verify": _verify_command,
     "import": _import_command,
     "export": _export_command,
@@ -334,6 +343,7 @@ _WITHOUT_RECIPE = (
     "trace",
     "scores",
     "generate",
+    "keys",
     "verify",
     "import",
     "export",

@@ -19,13 +19,18 @@ from ray_ds import storage
 from ray_ds.artifacts import Artifact, Checkpoint, QuantizedModel, open_artifact
 from ray_ds.chat.encoding import ChatEncoder
 from ray_ds.chat.template import TEMPLATE_FILE, ChatTemplate
+from ray_ds.config.keys import ApiKey
 from ray_ds.config.serve import AutoscalingSettings, ServeSettings
 from ray_ds.errors import ArtifactError
 from ray_ds.logs import log_event, setup_logging
 from ray_ds.model.local_folder import local_model_folder
+from ray_ds.on_ray.shared_ledger import SharedLedger, ledger_actor
 from ray_ds.serve.engine import Engine
 from ray_ds.serve.http.app import build_app
+from ray_ds.serve.http.gate import Access
 from ray_ds.serve.http.service import CompletionService, ModelCard
+from ray_ds.serve.keys import KeyRing
+from ray_ds.serve.limits import LocalLedger
 from ray_ds.serve.load import load_served_model
 from ray_ds.serve.slot_decoder import SlotDecoder
 from ray_ds.tokenizer import BpeTokenizer, load_tokenizer
@@ -72,7 +77,7 @@ class ModelReplica:
             engine=self._engine,
             tokenizer=tokenizer,
             card=card,
-            api_key_hash=api_key_hash,
+            access=make_access(settings, api_key_hash),
             max_body_bytes=settings.max_body_bytes,
             chat=_load_chat(folder, tokenizer),
         )
@@ -97,6 +102,19 @@ class ModelReplica:
         """End the engine, after Serve has waited for the open requests."""
         if hasattr(self, "_engine"):
             self._engine.close()
+
+
+def make_access(settings: ServeSettings, api_key_hash: str | None) -> Access:
+    """Return who may ask what; the keys of a file share their limits over all replicas."""
+    keys = None
+    if api_key_hash is not None:
+        path = None if settings.api_keys_file is None else Path(settings.api_keys_file)
+        keys = KeyRing({str(settings.api_key_env): ApiKey(sha256=api_key_hash)}, path)
+    return Access(
+        keys=keys,
+        ledger=LocalLedger() if settings.api_keys_file is None else SharedLedger(),
+        request_timeout_s=settings.request_timeout_s,
+    )
 
 
 def _load_chat(folder: Path, tokenizer: BpeTokenizer) -> ChatEncoder | None:
@@ -135,6 +153,7 @@ def build_application(artifact_uri: str, digest: str, settings: ServeSettings, a
             "num_gpus": settings.gpus_per_replica,
             "runtime_env": {"working_dir": NO_WORKING_DIR},
         },
+        deployment_actors=[] if settings.api_keys_file is None else [ledger_actor()],
         autoscaling_config=autoscaling_config(settings.autoscaling),
         # The engine refuses what is too much, with OpenAI's error object; Serve's own queue is never used.
         max_ongoing_requests=settings.max_running_requests + settings.max_queued_requests + HEALTH_REQUESTS,

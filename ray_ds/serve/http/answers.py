@@ -11,6 +11,7 @@ from typing import Any
 from ray_ds.serve.engine import EngineStoppedError, QueueFullError
 from ray_ds.serve.http.body import CompletionBody
 from ray_ds.serve.http.errors import ApiError
+from ray_ds.serve.http.gate import Caller
 from ray_ds.serve.http.service import CompletionService, ServingTokenizer
 from ray_ds.serve.requests import Emit, Event, Failure, GenerationRequest, Piece, TokenLogprobs
 
@@ -21,14 +22,17 @@ RETRY_AFTER_S = 1
 class Answers:
     """The answers to one HTTP request: all of its prompts, `n` times each."""
 
-    def __init__(self, service: CompletionService, body: CompletionBody, requests: Sequence[GenerationRequest]) -> None:
-        """Hand the requests to the engine.
+    def __init__(
+        self, service: CompletionService, body: CompletionBody, requests: Sequence[GenerationRequest], caller: Caller
+    ) -> None:
+        """Hand the requests, which the caller's limits have admitted, to the engine.
 
         Raises:
             ApiError: 429, the engine has no room for them; 503, it has stopped.
         """
         self.service = service
         self.body = body
+        self._caller = caller
         self.num_choices = len(requests)
         self.num_prompt_tokens = sum(len(request.prompt) for request in requests[:: body.n or 1])
         self.num_completion_tokens = 0
@@ -75,7 +79,9 @@ class Answers:
             index, event = await self._queue.get()
             if isinstance(event, Failure):
                 raise ApiError(500, event.message, type="server_error", code="engine_failure")
+            assert isinstance(event, Piece), "completions ask for nothing else"
             self.num_completion_tokens += event.num_tokens
+            self._caller.num_generated_tokens += event.num_tokens
             num_open -= event.finish_reason is not None
             yield index, event
 

@@ -8,10 +8,10 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from ray_ds.serve.http.answers import Answers
-from ray_ds.serve.http.auth import check_api_key
 from ray_ds.serve.http.body import make_requests, parse_body, read_body
 from ray_ds.serve.http.chat import ChatAnswers, as_completion, parse_chat
 from ray_ds.serve.http.errors import ApiError, install_error_handlers
+from ray_ds.serve.http.gate import Gate
 from ray_ds.serve.http.service import CompletionService, ModelCard
 
 CLIENT_CLOSED_REQUEST = 499
@@ -39,6 +39,7 @@ def build_app(service: CompletionService) -> FastAPI:
     """Return the ASGI application that serves one model."""
     app = FastAPI(title="ray_ds", docs_url=None, redoc_url=None, openapi_url=None)
     install_error_handlers(app)
+    app.add_middleware(Gate, access=service.access)
 
     @app.get("/health")
     async def health() -> Response:
@@ -47,32 +48,32 @@ def build_app(service: CompletionService) -> FastAPI:
         return JSONResponse(content, 200 if failure is None else 503)
 
     @app.get("/v1/models")
-    async def models(request: Request) -> Response:
-        check_api_key(request.headers.get("authorization"), service.api_key_hash)
+    async def models() -> Response:
         return JSONResponse({"object": "list", "data": [_model(service)]})
 
     @app.get("/v1/models/{model_id:path}")
-    async def model(request: Request, model_id: str) -> Response:
-        check_api_key(request.headers.get("authorization"), service.api_key_hash)
+    async def model(model_id: str) -> Response:
         _check_model(model_id, service.card)
         return JSONResponse(_model(service))
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
-        check_api_key(request.headers.get("authorization"), service.api_key_hash)
         body = parse_body(await read_body(request, service.max_body_bytes))
         if body.model is not None:
             _check_model(body.model, service.card)
-        answers = Answers(service, body, await make_requests(body, service))
+        requests = await make_requests(body, service)
+        await request.state.caller.admit(requests)
+        answers = Answers(service, body, requests, request.state.caller)
         return EventStream(answers) if body.stream else await _collect(request, answers)
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
-        check_api_key(request.headers.get("authorization"), service.api_key_hash)
         body = parse_chat(await read_body(request, service.max_body_bytes))
         if body.model is not None:
             _check_model(body.model, service.card)
-        answers = ChatAnswers(service, *await as_completion(body, service))
+        completion, requests = await as_completion(body, service)
+        await request.state.caller.admit(requests)
+        answers = ChatAnswers(service, completion, requests, request.state.caller)
         return EventStream(answers) if body.stream else await _collect(request, answers)
 
     return app

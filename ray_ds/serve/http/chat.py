@@ -11,6 +11,7 @@ from ray_ds.errors import InputError
 from ray_ds.serve.http.answers import Answers
 from ray_ds.serve.http.body import CompletionBody, StopString, StreamOptions, make_requests
 from ray_ds.serve.http.errors import ApiError
+from ray_ds.serve.http.gate import Caller
 from ray_ds.serve.http.service import ChatPrompts, CompletionService
 from ray_ds.serve.requests import GenerationRequest, TokenLogprobs
 
@@ -84,8 +85,10 @@ def _encode(chat: ChatPrompts, messages: Sequence[dict[str, Any]]) -> list[int]:
 class ChatAnswers(Answers):
     """The answers to one chat request."""
 
-    def __init__(self, service: CompletionService, body: CompletionBody, requests: Sequence[GenerationRequest]) -> None:
-        super().__init__(service, body, requests)
+    def __init__(
+        self, service: CompletionService, body: CompletionBody, requests: Sequence[GenerationRequest], caller: Caller
+    ) -> None:
+        super().__init__(service, body, requests, caller)
         kind = "chat.completion.chunk" if body.stream else "chat.completion"
         self._head = {**self._head, "id": f"chat{self._head['id']}", "object": kind}
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ray_ds.serve.engine import Engine, TokenTable
+from ray_ds.serve.http.gate import Access
 
 
 class ServingTokenizer(TokenTable, Protocol):
@@ -48,8 +49,8 @@ class CompletionService:
     engine: Engine
     tokenizer: ServingTokenizer
     card: ModelCard
-    api_key_hash: str | None
-    """From `hash_api_key`; None = open to all who reach the port."""
+    access: Access
+    """Who may ask what."""
     max_body_bytes: int
     chat: ChatPrompts | None = None
     """How messages become a prompt; None for a model without a chat template."""
