@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from ray_ds.config.safety import SafetySettings
 from ray_ds.config.settings import OUTPUT_UNCHANGED, fill_or_refuse, settings
 from ray_ds.errors import ConfigError
 
@@ -78,6 +79,8 @@ class ServeSettings:
     """Longest body of a request."""
     request_timeout_s: Annotated[float, Field(gt=0)] = 600.0
     """Seconds from a request's first byte to its answer's last, after which it ends with an error."""
+    safety: SafetySettings = SafetySettings()
+    """What prompts and answers must not hold."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Type of the weights that are not INT8, of the activations between layers and of the cache."""
     cpus_per_replica: Annotated[int, Field(ge=1)] = 1
@@ -115,3 +118,4 @@ class ServeSettings:
         if self.ingress == "haproxy" and self.tls_cert_file is not None:
             allowed = "must be absent with ingress haproxy, which would serve plain HTTP all the same (ray#64260)"
             raise ConfigError("tls_cert_file", self.tls_cert_file, allowed, "end TLS in front of it, or use proxy")
+        object.__setattr__(self, "safety", self.safety.resolved("off" if self.is_on_loopback else "both"))

@@ -32,6 +32,8 @@ from ray_ds.serve.http.service import CompletionService, ModelCard
 from ray_ds.serve.keys import KeyRing
 from ray_ds.serve.limits import LocalLedger
 from ray_ds.serve.load import load_served_model
+from ray_ds.serve.safety.policy import make_policy
+from ray_ds.serve.safety.screened_engine import ScreenedEngine
 from ray_ds.serve.slot_decoder import SlotDecoder
 from ray_ds.tokenizer import BpeTokenizer, load_tokenizer
 
@@ -74,7 +76,7 @@ class ModelReplica:
             created=int(time.time()),
         )
         self._service = CompletionService(
-            engine=self._engine,
+            engine=screened(self._engine, tokenizer, settings),
             tokenizer=tokenizer,
             card=card,
             access=make_access(settings, api_key_hash),
@@ -102,6 +104,12 @@ class ModelReplica:
         """End the engine, after Serve has waited for the open requests."""
         if hasattr(self, "_engine"):
             self._engine.close()
+
+
+def screened(engine: Engine, tokenizer: BpeTokenizer, settings: ServeSettings) -> Engine | ScreenedEngine:
+    """Return the engine, behind the safety filter where the settings want one."""
+    policy = make_policy(settings.safety)
+    return engine if policy is None else ScreenedEngine(engine, tokenizer, policy)
 
 
 def make_access(settings: ServeSettings, api_key_hash: str | None) -> Access:

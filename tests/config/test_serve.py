@@ -29,7 +29,10 @@ def test_defaults_are_safe_and_every_field_is_explained() -> None:
             {"host": "0.0.0.0"},
             r"serve.host \(0.0.0.0\) must be 127.0.0.1 while there is no api_key_env.*set api_key_env",
         ),
-        ({"api_keys_file": "/k.toml"}, r"serve.api_keys_file \(/k.toml\) must come with api_key_env.*; set api_key_env"),
+        (
+            {"api_keys_file": "/k.toml"},
+            r"serve.api_keys_file \(/k.toml\) must come with api_key_env.*; set api_key_env",
+        ),
         ({"api_keys_file": "k.toml", "api_key_env": "K"}, r"serve.api_keys_file \(k.toml\) must"),
         ({"ingress": "haproxy"}, r"serve.ingress \(haproxy\) must be proxy with host 127.0.0.1.*8404 and 9101"),
         ({"tls_cert_file": "/c.pem"}, r"serve.tls_key_file \(missing\) must be given with its other half"),
@@ -37,6 +40,19 @@ def test_defaults_are_safe_and_every_field_is_explained() -> None:
         (
             {"host": "::", "api_key_env": "K", "ingress": "haproxy", "tls_cert_file": "/c", "tls_key_file": "/k"},
             r"serve.tls_cert_file \(/c\) must be absent with ingress haproxy.*ray#64260\); end TLS in front of it",
+        ),
+        (
+            {"safety": {"harm": "block"}},
+            r"serve.safety.harm \(block\) has no effect while safety.scope is off; remove it",
+        ),
+        ({"safety": {"detector": "a:b"}}, r"detector \(a:b\) has no effect while safety.scope is off; remove it"),
+        (
+            {"safety": {"scope": "output", "jailbreak": "block"}},
+            r"jailbreak \(block\) has no effect while safety.scope is output: only prompts are looked at for it",
+        ),
+        (
+            {"safety": {"scope": "input", "secret": "redact"}},
+            r"secret \(redact\) has no effect while safety.scope is input: prompts are refused or left as they are",
         ),
         ({"request_timeout_s": 0}, r"serve.request_timeout_s \(0\) must be greater than 0"),
         ({"port": 70000}, r"serve.port \(70000\) must be less than or equal to 65535"),
@@ -61,3 +77,11 @@ def test_only_what_does_not_change_the_endpoint_is_left_out_of_its_digest() -> N
 
 def test_an_open_address_with_a_key_is_allowed() -> None:
     assert decode(host="0.0.0.0", api_key_env="TEAM_KEY").host == "0.0.0.0"
+
+
+def test_the_safety_filter_is_on_where_strangers_can_reach_the_endpoint() -> None:
+    opened, closed = decode(host="0.0.0.0", api_key_env="TEAM_KEY").safety, decode().safety
+    assert (opened.scope, opened.secret, opened.contact, opened.harm) == ("both", "redact", "allow", "block")
+    assert (closed.scope, closed.secret) == ("off", None)
+    chosen = decode(host="0.0.0.0", api_key_env="TEAM_KEY", safety={"scope": "off"}).safety
+    assert chosen.scope == "off" and chosen.harm is None

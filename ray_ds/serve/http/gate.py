@@ -20,6 +20,7 @@ from ray_ds.serve.http.errors import ApiError
 from ray_ds.serve.keys import KeyRing, find_key
 from ray_ds.serve.limits import Budget, LedgerClient, LedgerUnavailableError, Verdict
 from ray_ds.serve.requests import GenerationRequest, Request
+from ray_ds.serve.safety.policy import ContentRefusedError
 
 OPEN_PATHS = frozenset({"/health", "/ping"})
 
@@ -107,7 +108,11 @@ class Gate:
                 scope.setdefault("state", {})["caller"] = caller
                 await self._app(scope, receive, answer.send)
         except ApiError as error:
-            await error.response()(scope, receive, send)
+            await error.response()(scope, receive, answer.send)
+        except ContentRefusedError as error:
+            await ApiError(400, str(error), param="prompt", code="content_filter").response()(
+                scope, receive, answer.send
+            )
         except TimeoutError:
             if not deadline.expired():
                 raise

@@ -4,8 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from ray_ds.serve.engine import Engine, TokenTable
+from ray_ds.serve.engine import TokenTable
 from ray_ds.serve.http.gate import Access
+from ray_ds.serve.safety.screened_engine import AnsweringEngine
 
 
 class ServingTokenizer(TokenTable, Protocol):
@@ -46,7 +47,7 @@ class ModelCard:
 class CompletionService:
     """One model behind the API."""
 
-    engine: Engine
+    engine: AnsweringEngine
     tokenizer: ServingTokenizer
     card: ModelCard
     access: Access
