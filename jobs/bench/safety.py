@@ -7,6 +7,7 @@ import argparse
 import gzip
 import json
 import random
+import re
 import string
 import time
 import tomllib
@@ -19,7 +20,7 @@ from ray_ds.serve.safety.policy import DETECTORS
 CASES = Path("tests/serve/safety/cases.toml")
 PARTS = ("tuning", "unseen")
 DOCUMENT_CHARS = 2000
-"""Texts are looked at in documents of about this size, cut at paragraphs' ends."""
+"""Texts are looked at in documents of about this size, cut at sentences' ends."""
 
 Cases = Mapping[str, Mapping[str, Sequence[str]]]
 
@@ -72,8 +73,8 @@ def documents(path: Path) -> Iterator[str]:
             row = json.loads(line)
             text = row.get("text") or row.get("kjv") or ""
             document = ""
-            for paragraph in text.splitlines(keepends=True):
-                document += paragraph
+            for sentence in re.split(r"(?<=[.!?\n])(?=\s)", text):
+                document += sentence
                 if len(document) >= DOCUMENT_CHARS:
                     yield document
                     document = ""

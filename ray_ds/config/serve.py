@@ -63,6 +63,8 @@ class ServeSettings:
     """Certificate chain, PEM, on the head node; None = plain HTTP, for loopback or behind something that ends TLS."""
     tls_key_file: Annotated[str, Field(pattern=ABSOLUTE_PATH)] | None = None
     """The certificate's private key, PEM without a password, on the head node."""
+    tls_name: str | None = None
+    """Name in the certificate by which clients reach the head node; None = its address."""
     api_key_env: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")] | None = None
     """Environment variable that holds an API key without limits, read by the job, which asks its question with it; None
     = open to all who reach the port."""
@@ -115,6 +117,8 @@ class ServeSettings:
         if (self.tls_cert_file is None) != (self.tls_key_file is None):
             name = "tls_key_file" if self.tls_key_file is None else "tls_cert_file"
             raise ConfigError(name, "missing", "must be given with its other half", "name both files or none")
+        if self.tls_name is not None and self.tls_cert_file is None:
+            raise ConfigError("tls_name", self.tls_name, "has no effect without tls_cert_file", "remove it")
         if self.ingress == "haproxy" and self.tls_cert_file is not None:
             allowed = "must be absent with ingress haproxy, which would serve plain HTTP all the same (ray#64260)"
             raise ConfigError("tls_cert_file", self.tls_cert_file, allowed, "end TLS in front of it, or use proxy")

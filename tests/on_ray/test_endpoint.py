@@ -34,3 +34,10 @@ def test_the_head_is_found_wherever_this_process_runs() -> None:
 def test_clients_are_told_where_the_proxy_listens(host: str, url: str) -> None:
     settings = ServeSettings(host=host, route_prefix="/m", api_key_env="KEY")
     assert endpoint_url(settings) == url
+
+
+def test_an_endpoint_with_tls_is_told_by_the_certificates_name() -> None:
+    settings = ServeSettings(
+        host="0.0.0.0", api_key_env="KEY", tls_cert_file="/c.pem", tls_key_file="/k.pem", tls_name="llm.example.com"
+    )
+    assert endpoint_url(settings) == "https://llm.example.com:8000"
