@@ -57,8 +57,9 @@ class ServeSettings:
     """Port of the HTTP proxy, one for all applications of a cluster."""
     ingress: Literal["proxy", "haproxy"] = "proxy"
     """What listens there: Serve's own proxy, or the HAProxy that comes with Ray, which is faster (one hop) and needs
-    `RAY_SERVE_ENABLE_HA_PROXY=1` on every node before Ray starts. HAProxy's statistics (8404) and metrics (9101) listen
-    on all addresses of a node whatever the host, without a key: a firewall must close them."""
+    `RAY_SERVE_ENABLE_HA_PROXY=1` on every node before Ray starts. With HAProxy every node listens on all addresses
+    whatever the host: a firewall must close its statistics (8404) and metrics (9101), which want no key; the replicas
+    (30000 to 31000) and Serve's own proxy behind it (8500) want one."""
     tls_cert_file: Annotated[str, Field(pattern=ABSOLUTE_PATH)] | None = None
     """Certificate chain, PEM, on the head node; None = plain HTTP, for loopback or behind something that ends TLS."""
     tls_key_file: Annotated[str, Field(pattern=ABSOLUTE_PATH)] | None = None

@@ -41,6 +41,7 @@ HEALTH_REQUESTS = 16
 """Requests a replica takes beyond those its engine may hold, so that `/health` and refusals are answered at once."""
 CONSTRUCTOR_RETRIES = 2
 """Tries of a replica that cannot start; a damaged artefact stays damaged."""
+PICKLE_SUFFIXES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 NO_WORKING_DIR = "local:///"
 """A working directory that every node has. Without one a replica inherits that of the job, which goes with the job."""
 METRICS_INTERVAL_S = 1.0
@@ -132,18 +133,27 @@ def _load_chat(folder: Path, tokenizer: BpeTokenizer) -> ChatEncoder | None:
 
 
 def check_model_files(artifact: Artifact, folder: Path) -> None:
-    """Check the files that will be loaded, wherever they lie, against the manifest.
+    """Check the files that will be loaded, wherever they lie, against the manifest: these, and no others.
 
     Raises:
-        ArtifactError: one is missing or differs.
+        ArtifactError: one is missing, differs, is none of the manifest's, or is a pickle, which runs code when loaded.
     """
-    for info in artifact.manifest.files:
-        if info.path.startswith("model/"):
-            path = folder / info.path.removeprefix("model/")
-            found = storage.sha256_file(str(path)) if path.exists() else "missing"
-            if found != info.sha256:
-                allowed = f"must have sha256 {info.sha256[:12]}, as the manifest of {artifact.uri} says"
-                raise ArtifactError(str(path), f"sha256 {found[:12]}", allowed, f"delete {folder} or restore it")
+    hashes = {
+        info.path.removeprefix("model/"): info.sha256
+        for info in artifact.manifest.files
+        if info.path.startswith("model/")
+    }
+    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
+    for name in sorted(found | set(hashes)):
+        path = str(folder / name)
+        if name not in hashes:
+            raise ArtifactError(path, "surplus", f"must be in the manifest of {artifact.uri}", f"delete {path}")
+        if Path(name).suffix in PICKLE_SUFFIXES:
+            raise ArtifactError(path, "a pickle", "must be safetensors, JSON or text", "export the model anew")
+        sha256 = storage.sha256_file(path) if name in found else "missing"
+        if sha256 != hashes[name]:
+            allowed = f"must have sha256 {hashes[name][:12]}, as the manifest of {artifact.uri} says"
+            raise ArtifactError(path, f"sha256 {sha256[:12]}", allowed, f"delete {folder} or restore it")
 
 
 def build_application(artifact_uri: str, digest: str, settings: ServeSettings, api_key_hash: str | None) -> Application:
