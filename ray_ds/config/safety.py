@@ -36,9 +36,11 @@ class SafetySettings:
     contact: Action | None = None
     """E-mail addresses, phone numbers and public IP addresses; absent = allow."""
     harm: Literal["allow", "block"] | None = None
-    """Instructions for hurting people, and calls to do so, in plain English or Chinese; absent = block."""
+    """Instructions for hurting people, and calls to do so, in the wordings of a list of rules; others pass, so this is
+    no moderation by itself; absent = block."""
     jailbreak: Literal["allow", "block"] | None = None
-    """Prompts that tell the model to forget its instructions or to repeat them; absent = block."""
+    """Prompts that tell the model to forget its instructions or to repeat them, in the wordings of a list of rules;
+    absent = block."""
     detector: Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")] | None = None
     """One of your own, `package.module:function`: the function returns an object with the two methods of
     `ray_ds.serve.safety.finding.Detector`. What it finds in categories of its own is blocked."""

@@ -1,8 +1,9 @@
 """Harm and jailbreaks in plain words: a sentence that joins an act and its object, or has a phrase that says it alone.
 
-A rule holds within one sentence, with its parts in order and a few words between them. This finds what is said plainly,
-in English and in Chinese; whoever takes pains to say it otherwise is not found. `jobs/bench/safety.py` measures both
-sides; a model of your own goes in by `safety.detector`.
+A rule holds within one sentence: its parts in order with a few words between them, or all of them in any order. That
+finds the wordings that the rules were made with, in English and a little Chinese, and few others: of sentences written
+afterwards in other words, 3 of 24 for harm and 4 of 14 for jailbreaks (`jobs/bench/safety.py`). It keeps plain misuse
+out at no cost; where more is needed, a model of your own goes in by `safety.detector`.
 """
 
 import re
@@ -74,6 +75,11 @@ def joined(*parts: str, words_between: int = 6) -> re.Pattern[str]:
     """Return a pattern of whole words or phrases in this order, with at most so many words between two of them."""
     gap = rf"\W+(?:\w+\W+){{0,{words_between}}}"
     return re.compile(gap.join(rf"\b(?:{part})\b" for part in parts), re.IGNORECASE)
+
+
+def together(*parts: str) -> re.Pattern[str]:
+    """Return a pattern of a whole sentence that has whole words or phrases of all parts, in any order."""
+    return re.compile("\\A" + "".join(rf"(?=.*\b(?:{part})\b)" for part in parts) + ".*", re.IGNORECASE)
 
 
 def exactly(pattern: str) -> re.Pattern[str]:
