@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from ray_ds import __version__
-from ray_ds.commands import artefacts, cluster, endpoint, quantized, recipes, samples
+from ray_ds.commands import artefacts, cluster, endpoint, keys, quantized, recipes, samples
 from ray_ds.config.arguments import ArgumentParser
 from ray_ds.errors import ConfigError
 from ray_ds.job import exit_status
@@ -23,7 +23,7 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     parser.set_defaults(takes_overrides=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=ArgumentParser)
-    for group in (recipes, artefacts, quantized, endpoint, cluster, samples):
+    for group in (recipes, artefacts, quantized, endpoint, keys, cluster, samples):
         group.add_commands(commands.add_parser)
     return parser
 

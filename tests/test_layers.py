@@ -62,6 +62,7 @@ SIDEWAYS = {
     ("data", "chat"),
     ("chat", "tokenizer"),
     ("serve", "chat"),
+    ("serve", "data"),
 }
 PLACES = {
     "ray": ("on_ray/", "stages/", "submit.py", "verify/"),

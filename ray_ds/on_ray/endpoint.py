@@ -1,6 +1,8 @@
 """Bringing up Serve's HTTP proxy and an application, and waiting until it answers."""
 
+import os
 import socket
+import ssl
 import time
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +21,9 @@ from ray_ds.errors import ClusterError, ConfigError
 from ray_ds.serve.client import read_health
 
 POLL_S = 0.25
+TLS_HINT = "; the certificate must be for this address and its issuer trusted here, or named in SSL_CERT_FILE"
+STOP_SERVING = "stop serving there first (serve.shutdown, or restart the cluster)"
+HAPROXY_VARIABLE = "RAY_SERVE_ENABLE_HA_PROXY"
 HEAD_RESOURCE = "node:__internal_head__"
 """What Ray gives the head node to have, and no other."""
 FAILED = (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY)
@@ -28,13 +33,20 @@ def start_proxy(settings: ServeSettings, step: str) -> None:
     """Start Serve with one HTTP proxy on the head node, unless this cluster has it already.
 
     Raises:
-        ClusterError: another program has the port, or the address is none of this host.
-        ConfigError: this cluster's proxy listens elsewhere.
+        ClusterError: another program has the port, the address is none of this host, or a TLS file is not there.
+        ConfigError: this cluster's proxy listens elsewhere or otherwise, or its ingress is another.
     """
+    _check_ingress(settings, step)
     running = proxy_address()
     if running is None:
         _check_port_is_free(settings.host, settings.port, step)
-        options = HTTPOptions(host=settings.host, port=settings.port)
+        _check_tls_files(settings, step)
+        options = HTTPOptions(
+            host=settings.host,
+            port=settings.port,
+            ssl_keyfile=settings.tls_key_file,
+            ssl_certfile=settings.tls_cert_file,
+        )
         serve.start(proxy_location=ProxyLocation.HeadOnly, http_options=options)
     elif running != (settings.host, settings.port):
         host, port = running
@@ -42,8 +54,11 @@ def start_proxy(settings: ServeSettings, step: str) -> None:
             f"{step}.port",
             f"{settings.host}:{settings.port}",
             f"must be {host}:{port}, where this cluster's proxy for all applications listens",
-            "set host and port so, or stop serving there first (serve.shutdown, or restart the cluster)",
+            f"set host and port so, or {STOP_SERVING}",
         )
+    elif (certificate := _get_global_client().http_config.ssl_certfile) != settings.tls_cert_file:
+        allowed = f"must be {certificate or 'absent'}, as this cluster's proxy was started"
+        raise ConfigError(f"{step}.tls_cert_file", settings.tls_cert_file or "absent", allowed, STOP_SERVING)
 
 
 def proxy_address() -> tuple[str, int] | None:
@@ -52,10 +67,50 @@ def proxy_address() -> tuple[str, int] | None:
     return None if client is None else (client.http_config.host, client.http_config.port)
 
 
+def _check_ingress(settings: ServeSettings, step: str) -> None:
+    """Refuse an ingress that the cluster was not started for: HAProxy would listen on all addresses unasked."""
+    cluster = "haproxy" if _on_head(_read_variable, HAPROXY_VARIABLE) == "1" else "proxy"
+    if settings.ingress != cluster:
+        state = "1" if cluster == "haproxy" else "not 1"
+        allowed = f"must be {cluster}: {HAPROXY_VARIABLE} is {state} on the head node"
+        action = f"set it so, or start the cluster anew with {HAPROXY_VARIABLE}={'01'[settings.ingress == 'haproxy']}"
+        raise ConfigError(f"{step}.ingress", settings.ingress, allowed, action)
+
+
+def _check_tls_files(settings: ServeSettings, step: str) -> None:
+    """Load the certificate and its key on the head node, as the proxy will."""
+    if settings.tls_cert_file is not None:
+        reason = _on_head(_try_to_load, settings.tls_cert_file, settings.tls_key_file)
+        if reason is not None:
+            allowed = f"must be a certificate with its key, readable on the head node ({reason})"
+            raise ClusterError(f"{step}.tls_cert_file", settings.tls_cert_file, allowed, "mend the files")
+
+
+def _on_head(task: Any, *arguments: object) -> Any:
+    """Return what a remote function returns on the head node."""
+    place = NodeAffinitySchedulingStrategy(head_node()["NodeID"], soft=False)
+    return ray.get(task.options(scheduling_strategy=place, num_cpus=0).remote(*arguments))
+
+
+@ray.remote(max_retries=1)  # type: ignore[untyped-decorator, unused-ignore]
+def _read_variable(name: str) -> str | None:
+    """Return a variable of this node's environment."""
+    return os.environ.get(name)
+
+
+@ray.remote(max_retries=1)  # type: ignore[untyped-decorator, unused-ignore]
+def _try_to_load(certificate: str, key: str) -> str | None:
+    """Return why a server cannot use a certificate with a key, or None."""
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, password="")
+    except (OSError, ValueError) as error:  # an SSLError is an OSError
+        return str(error)
+    return None
+
+
 def _check_port_is_free(host: str, port: int, step: str) -> None:
     """Try the address on the head node, where the proxy will listen."""
-    place = NodeAffinitySchedulingStrategy(head_node()["NodeID"], soft=False)
-    reason = ray.get(_try_to_listen.options(scheduling_strategy=place, num_cpus=0).remote(host, port))
+    reason = _on_head(_try_to_listen, host, port)
     if reason is not None:
         action = "choose another port, or stop the program that has this one"
         raise ClusterError(f"{step}.port", f"{host}:{port}", f"must be free on the head node ({reason})", action)
@@ -83,8 +138,10 @@ def head_node() -> dict[str, Any]:
 def endpoint_url(settings: ServeSettings) -> str:
     """Return the address that clients use, without a slash at its end."""
     host = head_node()["NodeManagerAddress"] if settings.host in ("0.0.0.0", "::") else settings.host
+    host = settings.tls_name or host
     address = f"[{host}]" if ":" in host else host
-    return f"http://{address}:{settings.port}{settings.route_prefix.rstrip('/')}"
+    scheme = "http" if settings.tls_cert_file is None else "https"
+    return f"{scheme}://{address}:{settings.port}{settings.route_prefix.rstrip('/')}"
 
 
 def check_route(settings: ServeSettings, step: str) -> None:
@@ -127,7 +184,8 @@ def deploy(application: Application, settings: ServeSettings, digest: str, repor
                 f"endpoint {url}",
                 f"{status.status.value}: {_messages(status)}",
                 f"must answer within deploy_timeout_s ({settings.deploy_timeout_s:g})",
-                "see `serve status`, or raise deploy_timeout_s",
+                "see `serve status`, or raise deploy_timeout_s"
+                + (TLS_HINT if settings.tls_cert_file is not None else ""),
             )
         report(status.status.value)
         time.sleep(POLL_S)

@@ -16,7 +16,7 @@ from ray_ds.config.serve import ServeSettings
 from ray_ds.config.settings import decode_settings
 from ray_ds.errors import ConfigError
 from ray_ds.on_ray.replica import build_application
-from ray_ds.serve.http.auth import hash_api_key
+from ray_ds.serve.keys import hash_api_key
 
 
 def application(args: Mapping[str, Any]) -> Application:

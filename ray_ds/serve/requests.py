@@ -4,8 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-FinishReason = Literal["stop", "length"]
-"""`stop`: an end-of-text token, a stop token or a stop string; `length`: max_tokens."""
+FinishReason = Literal["stop", "length", "content_filter"]
+"""`stop`: an end-of-text token, a stop token or a stop string; `length`: max_tokens; `content_filter`: the safety
+filter ended it, never the engine."""
 
 MAX_LOGPROBS = 20
 """Most alternatives a token may come with, as in OpenAI's chat API."""

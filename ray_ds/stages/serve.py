@@ -3,6 +3,7 @@
 import json
 import os
 import time
+from pathlib import Path
 
 from ray_ds import storage
 from ray_ds.artifacts import Artifact, Checkpoint, QuantizedModel
@@ -14,7 +15,7 @@ from ray_ds.on_ray.endpoint import check_route, deploy, start_proxy
 from ray_ds.on_ray.preflight import check_cluster
 from ray_ds.on_ray.replica import build_application
 from ray_ds.serve.client import ask
-from ray_ds.serve.http.auth import hash_api_key
+from ray_ds.serve.keys import hash_api_key, read_keys
 from ray_ds.stage_run import StageRun
 from ray_ds.tokenizer import load_tokenizer
 
@@ -28,6 +29,7 @@ def serve(settings: ServeSettings, run: StageRun) -> Artifact:
     model.verify_files()
     check_model(settings, model, run.step)
     api_key = find_api_key(settings, run.step)
+    check_keys_file(settings, run.step)
     check_cluster(
         run.run_dir,
         num_workers=max(1, settings.autoscaling.min_replicas),
@@ -68,6 +70,19 @@ def check_model(settings: ServeSettings, model: Artifact, step: str) -> None:
         raise ArtifactError(
             uri, f"{num_tokens} tokens", allowed, "make the model anew; its files do not belong together"
         )
+
+
+def check_keys_file(settings: ServeSettings, step: str) -> None:
+    """Refuse a file of API keys that is not there or damaged, before replicas fail on it.
+
+    Raises:
+        ConfigError: it has no key, or a line is wrong.
+        InputError: it cannot be read.
+    """
+    if settings.api_keys_file is not None and not read_keys(Path(settings.api_keys_file)):
+        allowed = "must hold a key, on every node"
+        action = "make one with `ray-ds keys new NAME --file FILE`"
+        raise ConfigError(f"{step}.api_keys_file", settings.api_keys_file, allowed, action)
 
 
 def find_api_key(settings: ServeSettings, step: str) -> str | None:

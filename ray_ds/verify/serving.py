@@ -26,7 +26,7 @@ from ray_ds.on_ray.nodes import usable_nodes
 from ray_ds.on_ray.replica import build_application
 from ray_ds.on_ray.sizing import room
 from ray_ds.serve.client import generate
-from ray_ds.serve.http.auth import hash_api_key
+from ray_ds.serve.keys import hash_api_key
 from ray_ds.train.export import export_model
 from ray_ds.train.task import TrainTask
 from ray_ds.verify.context import Context

@@ -52,6 +52,32 @@ def test_defaults_are_safe_and_every_field_is_explained() -> None:
         ),
         ({"cache_block_tokens": 20}, r"serve.cache_block_tokens \(20\) must be 16, 32 or 64"),
         ({"exactness": "all"}, r"serve.exactness \(all\) must be 'none', 'batch' or 'schedule'"),
+        (
+            {"api_keys_file": "/k.toml"},
+            r"serve.api_keys_file \(/k.toml\) must come with api_key_env.*; set api_key_env",
+        ),
+        ({"api_keys_file": "k.toml", "api_key_env": "K"}, r"serve.api_keys_file \(k.toml\) must"),
+        ({"ingress": "haproxy"}, r"serve.ingress \(haproxy\) must be proxy with host 127.0.0.1.*8404 and 9101"),
+        ({"tls_cert_file": "/c.pem"}, r"serve.tls_key_file \(missing\) must be given with its other half"),
+        ({"tls_key_file": "/k.pem"}, r"serve.tls_cert_file \(missing\) must be given with its other half"),
+        (
+            {"host": "::", "api_key_env": "K", "ingress": "haproxy", "tls_cert_file": "/c", "tls_key_file": "/k"},
+            r"serve.tls_cert_file \(/c\) must be absent with ingress haproxy.*ray#64260\); end TLS in front of it",
+        ),
+        (
+            {"safety": {"harm": "block"}},
+            r"serve.safety.harm \(block\) has no effect while safety.scope is off; remove it",
+        ),
+        ({"safety": {"detector": "a:b"}}, r"detector \(a:b\) has no effect while safety.scope is off; remove it"),
+        (
+            {"safety": {"scope": "output", "jailbreak": "block"}},
+            r"jailbreak \(block\) has no effect while safety.scope is output: only prompts are looked at for it",
+        ),
+        (
+            {"safety": {"scope": "input", "secret": "redact"}},
+            r"secret \(redact\) has no effect while safety.scope is input: prompts are refused or left as they are",
+        ),
+        ({"request_timeout_s": 0}, r"serve.request_timeout_s \(0\) must be greater than 0"),
         ({"port": 70000}, r"serve.port \(70000\) must be less than or equal to 65535"),
         ({"port": "8000"}, r"serve.port \(8000\) must be a valid integer"),
         ({"route_prefix": "v1/"}, r"serve.route_prefix \(v1/\) must"),
@@ -80,3 +106,11 @@ def test_answers_are_exact_on_a_cpu_and_fast_on_a_gpu_unless_told_otherwise() ->
     assert decode().exactness == "schedule"
     assert decode(gpus_per_replica=1.0).exactness == "none"
     assert decode(gpus_per_replica=1.0, exactness="batch").exactness == "batch"
+
+
+def test_the_safety_filter_is_on_where_strangers_can_reach_the_endpoint() -> None:
+    opened, closed = decode(host="0.0.0.0", api_key_env="TEAM_KEY").safety, decode().safety
+    assert (opened.scope, opened.secret, opened.contact, opened.harm) == ("both", "redact", "allow", "block")
+    assert (closed.scope, closed.secret) == ("off", None)
+    chosen = decode(host="0.0.0.0", api_key_env="TEAM_KEY", safety={"scope": "off"}).safety
+    assert chosen.scope == "off" and chosen.harm is None

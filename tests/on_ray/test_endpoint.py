@@ -6,7 +6,9 @@ import pytest
 import ray
 
 from ray_ds.config.serve import ServeSettings
-from ray_ds.on_ray.endpoint import endpoint_url, head_node
+from ray_ds.errors import ConfigError
+from ray_ds.on_ray import endpoint
+from ray_ds.on_ray.endpoint import endpoint_url, head_node, start_proxy
 
 HEAD = {"NodeID": "a1", "NodeManagerAddress": "10.0.0.1", "Resources": {"CPU": 1.0, "node:__internal_head__": 1.0}}
 WORKER = {"NodeID": "b2", "NodeManagerAddress": "10.0.0.2", "Resources": {"CPU": 8.0, "node:10.0.0.2": 1.0}}
@@ -34,3 +36,20 @@ def test_the_head_is_found_wherever_this_process_runs() -> None:
 def test_clients_are_told_where_the_proxy_listens(host: str, url: str) -> None:
     settings = ServeSettings(host=host, route_prefix="/m", api_key_env="KEY")
     assert endpoint_url(settings) == url
+
+
+def test_an_endpoint_with_tls_is_told_by_the_certificates_name() -> None:
+    settings = ServeSettings(
+        host="0.0.0.0", api_key_env="KEY", tls_cert_file="/c.pem", tls_key_file="/k.pem", tls_name="llm.example.com"
+    )
+    assert endpoint_url(settings) == "https://llm.example.com:8000"
+
+
+def test_a_cluster_with_haproxy_is_not_taken_for_one_that_listens_on_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(endpoint, "_on_head", lambda task, *arguments: "1")
+    message = (
+        r"serve.ingress \(proxy\) must be haproxy: RAY_SERVE_ENABLE_HA_PROXY is 1 on the head node; set it so, or "
+        r"start the cluster anew with RAY_SERVE_ENABLE_HA_PROXY=0"
+    )
+    with pytest.raises(ConfigError, match=message):
+        start_proxy(ServeSettings(), "serve")

@@ -6,6 +6,7 @@ os.environ["RAY_AUTH_MODE"] = "disabled"
 import pytest
 
 from ray_ds import storage
+from ray_ds.artifacts import Artifact
 from ray_ds.config.serve import ServeSettings
 from ray_ds.errors import ArtifactError
 from ray_ds.on_ray.replica import build_application, check_model_files
@@ -28,12 +29,38 @@ def test_a_swap_keeps_the_old_replicas_until_the_new_ones_answer_unless_there_is
         assert deployment._deployment_config.max_surge_percent == percent
 
 
+def small_checkpoint(folder: Path, *names: str) -> Artifact:
+    run = stage_run(folder, "Checkpoint")
+    for name in names:
+        storage.write_bytes(run.path("model", name), b"weights")
+    return run.commit({}, seconds=0.0)
+
+
 def test_a_damaged_copy_is_refused(tmp_path: Path) -> None:
-    run = stage_run(tmp_path, "Checkpoint")
-    storage.write_bytes(run.path("model", "model.safetensors"), b"weights")
-    checkpoint = run.commit({}, seconds=0.0)
+    checkpoint = small_checkpoint(tmp_path, "model.safetensors")
     folder = Path(checkpoint.path("model"))
     check_model_files(checkpoint, folder)
     (folder / "model.safetensors").write_bytes(b"weightz")
     with pytest.raises(ArtifactError, match=r"model.safetensors \(sha256 .*\) must have sha256 .*; delete .*model"):
         check_model_files(checkpoint, folder)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ArtifactError, match=r"model.safetensors \(sha256 missing\) must have sha256"):
+        check_model_files(checkpoint, folder)
+
+
+@pytest.mark.shows("Weights come only from safetensors that the manifest names, byte for byte")
+@pytest.mark.parametrize("name", ["model-00002.safetensors", "pytorch_model.bin", "deep/er.json"])
+def test_a_file_that_is_none_of_the_manifests_is_refused(tmp_path: Path, name: str) -> None:
+    checkpoint = small_checkpoint(tmp_path, "model.safetensors")
+    folder = Path(checkpoint.path("model"))
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_bytes(b"surplus")
+    with pytest.raises(ArtifactError, match=rf"{name} \(surplus\) must be in the manifest of .*; delete .*{name}"):
+        check_model_files(checkpoint, folder)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "weights.pt", "a.pkl"])
+def test_a_pickle_is_refused_though_its_checksum_matches(tmp_path: Path, name: str) -> None:
+    checkpoint = small_checkpoint(tmp_path, "model.safetensors", name)
+    with pytest.raises(ArtifactError, match=rf"{name} \(a pickle\) must be safetensors, JSON or text; export"):
+        check_model_files(checkpoint, Path(checkpoint.path("model")))

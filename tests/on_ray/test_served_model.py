@@ -10,7 +10,7 @@ import pytest
 
 from ray_ds.errors import ArtifactError, ConfigError
 from ray_ds.on_ray.served_model import application
-from ray_ds.serve.http.auth import hash_api_key
+from ray_ds.serve.keys import hash_api_key
 from tests.stages.small_artifacts import stage_run
 
 

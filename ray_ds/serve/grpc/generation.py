@@ -7,14 +7,14 @@ from typing import Any
 import grpc  # type: ignore[import-untyped]
 
 from ray_ds.serve.grpc.messages import GenerateReply, HealthReply
-from ray_ds.serve.http.auth import check_api_key
 from ray_ds.serve.http.body import parse_body
 from ray_ds.serve.http.completions import CompletionBody
 from ray_ds.serve.http.errors import ApiError
+from ray_ds.serve.http.gate import Caller, identify
 from ray_ds.serve.http.prompts import encode_prompts
 from ray_ds.serve.http.sampling import make_requests
 from ray_ds.serve.http.service import CompletionService
-from ray_ds.serve.http.submission import Submission
+from ray_ds.serve.http.submission import submit
 from ray_ds.serve.requests import GenerationRequest, Piece
 
 STATUS_CODES = {
@@ -50,9 +50,16 @@ async def generate_stream(service: CompletionService, request: Any, metadata: Me
     Raises:
         ApiError: as `/v1/completions`.
     """
-    check_api_key(_authorization(metadata), service.api_key_hash)
-    generation = await _make_request(service, request)
-    submission = Submission(service, [generation])
+    caller = await identify(service.access, _authorization(metadata))
+    try:
+        async for reply in _answer(service, caller, await _make_request(service, request)):
+            yield reply
+    finally:
+        caller.settle()
+
+
+async def _answer(service: CompletionService, caller: Caller, generation: GenerationRequest) -> AsyncGenerator[Any]:
+    submission = await submit(service, caller, [generation])
     num_tokens = 0
     try:
         async for _, piece in submission.events():

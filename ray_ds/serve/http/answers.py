@@ -13,7 +13,6 @@ from starlette.types import Receive, Scope, Send
 
 from ray_ds.serve.http.errors import ApiError
 from ray_ds.serve.http.sampling import SamplingBody
-from ray_ds.serve.http.service import CompletionService
 from ray_ds.serve.http.submission import Submission
 from ray_ds.serve.requests import GenerationRequest, Piece, PromptScores
 
@@ -69,14 +68,14 @@ class Answers:
     """The answers to one HTTP request: all of its prompts, `n` times each."""
 
     def __init__(
-        self, service: CompletionService, body: SamplingBody, requests: Sequence[GenerationRequest], layout: Layout
+        self,
+        submission: Submission,
+        model_id: str,
+        body: SamplingBody,
+        requests: Sequence[GenerationRequest],
+        layout: Layout,
     ) -> None:
-        """Hand the requests to the engine.
-
-        Raises:
-            ApiError: as `Submission`.
-        """
-        self._submission = Submission(service, requests)
+        self._submission = submission
         self._layout = layout
         self._num_choices = len(requests)
         self._num_answers = body.num_answers
@@ -87,7 +86,7 @@ class Answers:
         self._head: dict[str, Any] = {
             "id": f"{layout.id_prefix}-{uuid.uuid4().hex}",
             "created": int(time.time()),
-            "model": service.card.model_id,
+            "model": model_id,
         }
 
     def cancel(self) -> None:

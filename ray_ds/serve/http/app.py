@@ -1,4 +1,4 @@
-"""The routes, and what happens to every request before its route: the key, the body's length, its fields."""
+"""The routes, and what happens to every request before its route: the gate, the body's length, its fields."""
 
 from collections.abc import Awaitable, Callable
 from typing import Any, NamedTuple
@@ -8,12 +8,12 @@ from pydantic import BaseModel
 
 from ray_ds import __version__
 from ray_ds.serve.http import status
-from ray_ds.serve.http.auth import check_api_key
 from ray_ds.serve.http.body import Body, parse_body, read_body
 from ray_ds.serve.http.chat import ChatBody, ChatChunk, ChatCompletion, answer_chat
 from ray_ds.serve.http.completions import Completion, CompletionBody, complete
 from ray_ds.serve.http.embeddings import EmbeddingAnswer, EmbeddingBody, embed
 from ray_ds.serve.http.errors import install_error_handlers
+from ray_ds.serve.http.gate import Gate, is_open
 from ray_ds.serve.http.openapi import describe, install_openapi
 from ray_ds.serve.http.predict import PredictBody, Prediction, predict
 from ray_ds.serve.http.service import CompletionService
@@ -39,13 +39,12 @@ class Get(NamedTuple):
     handler: Ask
     answer: type[BaseModel] | None
     """None = plain text."""
-    needs_key: bool = False
     errors: tuple[int, ...] = ()
     path_parameter: str | None = None
 
 
 class Post(NamedTuple):
-    """A route with a JSON body; all of them need a key."""
+    """A route with a JSON body."""
 
     path: str
     handler: Answer
@@ -60,9 +59,9 @@ GETS = (
     Get("/ping", status.health, status.Health),
     Get("/version", status.version, status.Version),
     Get("/metrics", status.metrics, None),
-    Get("/v1/models", status.list_models, status.ModelList, needs_key=True),
-    Get("/v1/models/{model_id:path}", status.get_model, status.Model, True, errors=(404,), path_parameter="model_id"),
-    Get("/tokenizer_info", tokenizer_info, TokenizerInfo, needs_key=True),
+    Get("/v1/models", status.list_models, status.ModelList),
+    Get("/v1/models/{model_id:path}", status.get_model, status.Model, errors=(404,), path_parameter="model_id"),
+    Get("/tokenizer_info", tokenizer_info, TokenizerInfo),
 )
 POSTS = (
     Post("/v1/completions", complete, CompletionBody, Completion, chunk=Completion),
@@ -78,6 +77,7 @@ def build_app(service: CompletionService) -> FastAPI:
     """Return the ASGI application that serves one model."""
     app = FastAPI(title="ray_ds", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
     install_error_handlers(app)
+    app.add_middleware(Gate, access=service.access)
     for get in GETS:
         _add_get(app, get, service)
     for post in POSTS:
@@ -87,11 +87,9 @@ def build_app(service: CompletionService) -> FastAPI:
 
 
 def _add_get(app: FastAPI, get: Get, service: CompletionService) -> None:
-    needs_key = get.needs_key and service.api_key_hash is not None
+    needs_key = service.access.keys is not None and not is_open(get.path)
 
     async def route(request: Request) -> Response:
-        if get.needs_key:
-            _check_key(request, service)
         return await get.handler(request, service)
 
     documented = describe(answer=get.answer, errors=get.errors, needs_key=needs_key, path_parameter=get.path_parameter)
@@ -100,7 +98,6 @@ def _add_get(app: FastAPI, get: Get, service: CompletionService) -> None:
 
 def _add_post(app: FastAPI, post: Post, service: CompletionService) -> None:
     async def route(request: Request) -> Response:
-        _check_key(request, service)
         data = await read_body(request, service.max_body_bytes)
         body = parse_body(post.body, data, service.card.model_id)
         return await post.handler(request, body, service)
@@ -110,10 +107,6 @@ def _add_post(app: FastAPI, post: Post, service: CompletionService) -> None:
         body=post.body,
         errors=(400, 404, 413, 429, 500, 503) if post.uses_engine else (400, 404, 413),
         chunk=post.chunk,
-        needs_key=service.api_key_hash is not None,
+        needs_key=service.access.keys is not None,
     )
     app.post(post.path, name=post.handler.__name__, description=post.handler.__doc__, **documented)(route)
-
-
-def _check_key(request: Request, service: CompletionService) -> None:
-    check_api_key(request.headers.get("authorization"), service.api_key_hash)

@@ -14,6 +14,7 @@ from ray_ds.serve.http.errors import ApiError
 from ray_ds.serve.http.logprobs import ChatLogprobs, PromptLogprobs, chat_logprobs, prompt_logprobs
 from ray_ds.serve.http.sampling import UNSUPPORTED, SamplingBody, make_requests
 from ray_ds.serve.http.service import ChatPrompts, CompletionService, ServingTokenizer
+from ray_ds.serve.http.submission import submit
 from ray_ds.serve.requests import MAX_LOGPROBS, FinishReason, Piece, PromptScores
 
 _NO_TOOLS = "answers are text and call nothing; describe the tools in a message and read the answer"
@@ -137,7 +138,9 @@ async def answer_chat(request: Request, body: ChatBody, service: CompletionServi
         logprobs=body.top_logprobs or 0 if body.logprobs else None,
         prompt_logprobs=body.prompt_logprobs,
     )
-    return await send_answers(request, body, Answers(service, body, requests, _Layout(service.tokenizer, body)))
+    submission = await submit(service, request.state.caller, requests)
+    layout = _Layout(service.tokenizer, body)
+    return await send_answers(request, body, Answers(submission, service.card.model_id, body, requests, layout))
 
 
 async def encode_messages(messages: Sequence[ChatMessage], service: CompletionService) -> tuple[int, ...]:

@@ -20,6 +20,7 @@ from ray_ds.serve.http.logprobs import (
 from ray_ds.serve.http.prompts import Prompt, encode_prompts
 from ray_ds.serve.http.sampling import UNSUPPORTED, SamplingBody, make_requests
 from ray_ds.serve.http.service import CompletionService
+from ray_ds.serve.http.submission import submit
 from ray_ds.serve.requests import MAX_LOGPROBS, FinishReason, GenerationRequest, Piece, PromptScores
 
 
@@ -77,7 +78,9 @@ async def complete(request: Request, body: CompletionBody, service: CompletionSe
         logprobs=body.logprobs,
         prompt_logprobs=max(asked, default=None),
     )
-    return await send_answers(request, body, Answers(service, body, requests, _Layout(service, body, requests)))
+    submission = await submit(service, request.state.caller, requests)
+    layout = _Layout(service, body, requests)
+    return await send_answers(request, body, Answers(submission, service.card.model_id, body, requests, layout))
 
 
 def _echo_logprobs(body: CompletionBody) -> int | None:

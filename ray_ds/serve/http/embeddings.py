@@ -14,7 +14,7 @@ from ray_ds.serve.http.body import Body, Unsupported
 from ray_ds.serve.http.errors import ApiError
 from ray_ds.serve.http.prompts import Prompt, encode_prompts
 from ray_ds.serve.http.service import CompletionService
-from ray_ds.serve.http.submission import Submission
+from ray_ds.serve.http.submission import Submission, submit
 from ray_ds.serve.requests import Embedding, EmbeddingRequest
 
 
@@ -67,15 +67,19 @@ async def embed(request: Request, body: EmbeddingBody, service: CompletionServic
     if longest > limit:
         message = f"the model holds {limit} tokens; an input has {longest}; shorten it"
         raise ApiError(400, message, param="input", code="context_length_exceeded")
-    return await send_whole(request, _Vectors(service, body, prompts))
+    requests = [EmbeddingRequest(prompt=prompt) for prompt in prompts]
+    submission = await submit(service, request.state.caller, requests)
+    return await send_whole(request, _Vectors(submission, service.card.model_id, body, prompts))
 
 
 class _Vectors:
     """A `serve.http.answers.Collectable`: the vectors of one request."""
 
-    def __init__(self, service: CompletionService, body: EmbeddingBody, prompts: Sequence[tuple[int, ...]]) -> None:
-        self._submission = Submission(service, [EmbeddingRequest(prompt=prompt) for prompt in prompts])
-        self._model_id = service.card.model_id
+    def __init__(
+        self, submission: Submission, model_id: str, body: EmbeddingBody, prompts: Sequence[tuple[int, ...]]
+    ) -> None:
+        self._submission = submission
+        self._model_id = model_id
         self._encoding_format = body.encoding_format
         self._num_tokens = sum(map(len, prompts))
         self.cancel = self._submission.cancel

@@ -9,8 +9,8 @@ from ray_ds.serve.http.chat import ChatMessage, encode_messages
 from ray_ds.serve.http.prompts import encode_prompts
 from ray_ds.serve.http.sampling import SamplingBody, make_requests
 from ray_ds.serve.http.service import CompletionService
-from ray_ds.serve.http.submission import Submission
-from ray_ds.serve.requests import GenerationRequest, Piece
+from ray_ds.serve.http.submission import Submission, submit
+from ray_ds.serve.requests import Piece
 
 
 class PredictBody(Body):
@@ -38,14 +38,14 @@ async def predict(request: Request, body: PredictBody, service: CompletionServic
     requests = make_requests(
         sampling, [prompt], service, field="text", max_tokens=body.max_tokens, logprobs=None, prompt_logprobs=None
     )
-    return await send_whole(request, _Prediction(service, requests))
+    return await send_whole(request, _Prediction(await submit(service, request.state.caller, requests)))
 
 
 class _Prediction:
     """A `serve.http.answers.Collectable`: one text."""
 
-    def __init__(self, service: CompletionService, requests: list[GenerationRequest]) -> None:
-        self._submission = Submission(service, requests)
+    def __init__(self, submission: Submission) -> None:
+        self._submission = submission
         self.cancel = self._submission.cancel
 
     async def collect(self) -> Prediction:

@@ -6,36 +6,9 @@ from typing import Any, Protocol
 
 from ray_ds.chat.template import ChatTemplate
 from ray_ds.serve.engine import TokenTable
+from ray_ds.serve.http.gate import Access
 from ray_ds.serve.http.metrics import ServingMetrics
-from ray_ds.serve.requests import Emit, EngineStats
-
-
-class ServingEngine(Protocol):
-    """What the routes ask of an engine; `serve.engine.Engine` is one."""
-
-    max_model_len: int
-    """Most tokens of a prompt and its answer together."""
-    max_open: int
-    """Requests it holds at most, running or waiting."""
-
-    @property
-    def failure(self) -> str | None:
-        """Why the engine takes no requests any more; None while it does."""
-
-    @property
-    def stats(self) -> EngineStats:
-        """What the engine is doing now."""
-
-    def submit(self, requests: Sequence[tuple[Any, Emit]]) -> Sequence[Any]:
-        """Take all of the requests (`requests.Request`) or none; return what `cancel` wants.
-
-        Raises:
-            QueueFullError: there is no room for them.
-            EngineStoppedError: the engine has stopped.
-        """
-
-    def cancel(self, answers: Sequence[Any]) -> None:
-        """Drop answers nobody waits for; finished ones are left alone."""
+from ray_ds.serve.safety.screened_engine import AnsweringEngine
 
 
 class ServingTokenizer(TokenTable, Protocol):
@@ -86,11 +59,11 @@ class ModelCard:
 class CompletionService:
     """One model behind the API."""
 
-    engine: ServingEngine
+    engine: AnsweringEngine
     tokenizer: ServingTokenizer
     card: ModelCard
-    api_key_hash: str | None
-    """From `hash_api_key`; None = open to all who reach the port."""
+    access: Access
+    """Who may ask what."""
     max_body_bytes: int
     chat: ChatPrompts | None = None
     """How messages become a prompt; None for a model without a chat template."""

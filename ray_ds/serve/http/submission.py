@@ -7,20 +7,33 @@ from collections.abc import AsyncIterator, Sequence
 
 from ray_ds.serve.engine import EngineStoppedError, QueueFullError
 from ray_ds.serve.http.errors import ApiError
+from ray_ds.serve.http.gate import Caller
 from ray_ds.serve.http.metrics import RequestTimer
 from ray_ds.serve.http.service import CompletionService
 from ray_ds.serve.requests import Embedding, Emit, Event, Failure, FinishReason, Piece, Request
+from ray_ds.serve.safety.policy import ContentRefusedError
+
+
+async def submit(service: CompletionService, caller: Caller, requests: Sequence[Request]) -> "Submission":
+    """Charge requests to the caller's limits and hand them to the engine.
+
+    Raises:
+        ApiError: as `Caller.admit` and `Submission`.
+    """
+    await caller.admit(requests)
+    return Submission(service, caller, requests)
 
 
 class Submission:
     """The requests of one call, all in the engine or none."""
 
-    def __init__(self, service: CompletionService, requests: Sequence[Request]) -> None:
-        """Hand the requests to the engine.
+    def __init__(self, service: CompletionService, caller: Caller, requests: Sequence[Request]) -> None:
+        """Hand the requests, which the caller's limits have admitted, to the engine.
 
         Raises:
-            ApiError: 429, the engine has no room for them; 503, it has stopped.
+            ApiError: 400, the safety filter refuses a prompt; 429, the engine has no room; 503, it has stopped.
         """
+        self._caller = caller
         self._engine = service.engine
         self._timers = [RequestTimer(service.metrics) for _ in requests]
         self._queue: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
@@ -34,6 +47,8 @@ class Submission:
             message = f"the server has no room for more {error.reason}; try again in {wait} s"
             headers = {"Retry-After": str(wait)}
             raise ApiError(429, message, type="rate_limit_error", code="queue_full", headers=headers) from None
+        except ContentRefusedError as error:
+            raise ApiError(400, str(error), param="prompt", code="content_filter") from None
         except EngineStoppedError as error:
             raise ApiError(503, str(error), type="server_error", code="engine_stopped") from None
 
@@ -67,6 +82,7 @@ class Submission:
             finish_reason: FinishReason | None = "stop" if isinstance(event, Embedding) else None
             if isinstance(event, Piece):
                 timer.add_tokens(event.num_tokens)
+                self._caller.num_generated_tokens += event.num_tokens
                 finish_reason = event.finish_reason
             if finish_reason is not None:
                 timer.end(finish_reason)

@@ -5,8 +5,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ray_ds.serve.http.auth import hash_api_key
+from ray_ds.config.keys import ApiKey
+from ray_ds.serve.http.gate import Access
 from ray_ds.serve.http.service import CompletionService, ModelCard
+from ray_ds.serve.keys import KeyRing, hash_api_key
+from ray_ds.serve.limits import LocalLedger
 from tests.serve.http.conftest import ServedTokenizer
 from tests.serve.http.teacher import TeacherEngine
 
@@ -21,6 +24,7 @@ def letters_service() -> CompletionService:
     card = ModelCard(
         model_id="team/tiny", digest="0123", model_digest="4567", kind="Checkpoint", integer_path=None, created=1
     )
-    key = hash_api_key("sk-test")
+    keys = KeyRing({"test": ApiKey(sha256=hash_api_key("sk-test"))}, None)
+    access = Access(keys=keys, ledger=LocalLedger(), request_timeout_s=60)
     engine = TeacherEngine(logits, tokenizer)
-    return CompletionService(engine=engine, tokenizer=tokenizer, card=card, api_key_hash=key, max_body_bytes=10_000)
+    return CompletionService(engine=engine, tokenizer=tokenizer, card=card, access=access, max_body_bytes=10_000)

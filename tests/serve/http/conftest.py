@@ -14,11 +14,14 @@ import uvicorn
 from torch import Tensor
 
 from ray_ds.chat.template import ChatTemplate
+from ray_ds.config.keys import ApiKey
 from ray_ds.errors import InputError
 from ray_ds.serve.engine import Engine
 from ray_ds.serve.http.app import build_app
-from ray_ds.serve.http.auth import hash_api_key
+from ray_ds.serve.http.gate import Access
 from ray_ds.serve.http.service import CompletionService, ModelCard
+from ray_ds.serve.keys import KeyRing, hash_api_key
+from ray_ds.serve.limits import LocalLedger
 from tests.serve.conftest import ByteTokenizer
 from tests.serve.http.teacher import TeacherEngine
 
@@ -52,7 +55,13 @@ def api_key() -> str:
 
 
 @pytest.fixture
-def service(engine: Engine, tokenizer, api_key: str) -> CompletionService:
+def access(api_key: str) -> Access:
+    keys = KeyRing({"test": ApiKey(sha256=hash_api_key(api_key))}, None)
+    return Access(keys=keys, ledger=LocalLedger(), request_timeout_s=60)
+
+
+@pytest.fixture
+def service(engine: Engine, tokenizer, access: Access) -> CompletionService:
     card = ModelCard(
         model_id="team/tiny",
         digest="0123456789abcdef",
@@ -61,9 +70,7 @@ def service(engine: Engine, tokenizer, api_key: str) -> CompletionService:
         integer_path="onednn",
         created=1,
     )
-    return CompletionService(
-        engine=engine, tokenizer=tokenizer, card=card, api_key_hash=hash_api_key(api_key), max_body_bytes=10_000
-    )
+    return CompletionService(engine=engine, tokenizer=tokenizer, card=card, access=access, max_body_bytes=10_000)
 
 
 @pytest.fixture
@@ -105,7 +112,9 @@ def serving(service: CompletionService) -> Iterator[str]:
     thread.start()
     while not server.started:
         time.sleep(0.005)
-    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    server.should_exit = True
-    thread.join(10)
+    try:
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = server.force_exit = True
+        thread.join(10)
     assert not thread.is_alive()
