@@ -35,13 +35,18 @@ def describe(
 
     Args:
         answer: None = plain text.
-        chunk: what each event of a stream holds.
+        chunk: what each event of a stream holds; told as `itemSchema`, as FastAPI tells streams.
         errors: keys of `ERRORS`.
     """
     content: dict[str, Any] = {"text/plain": {"schema": {"type": "string"}}} if answer is None else {}
     if chunk is not None:
-        text = f"Events of `data:` and a {chunk.__name__}, then `data: [DONE]`."
-        content["text/event-stream"] = {"schema": {"type": "string", "description": text}}
+        text = f"JSON of a {chunk.__name__}, or of an ErrorAnswer where the engine fails; in the last event `[DONE]`."
+        event = {
+            "type": "object",
+            "properties": {"data": {"type": "string", "description": text}},
+            "required": ["data"],
+        }
+        content["text/event-stream"] = {"itemSchema": event}
     success: dict[str, Any] = {"description": "The answer.", "content": content}
     if answer is not None:
         success["model"] = answer

@@ -25,13 +25,16 @@ async def encode_prompts(
     Raises:
         ApiError: 400, an id is none of the tokenizer's, or a text has no tokens.
     """
-    texts: Sequence[str | list[int]] = [prompt] if isinstance(prompt, str) or _is_ids(prompt) else prompt  # type: ignore[list-item, assignment]
     # Tokenizing a long text takes a while, in which other answers must go on.
-    return await asyncio.to_thread(_encode_all, texts, service.tokenizer, field, add_special_tokens)
+    return await asyncio.to_thread(_encode_all, _apart(prompt), service.tokenizer, field, add_special_tokens)
 
 
-def _is_ids(prompt: Prompt) -> bool:
-    return isinstance(prompt[0], int)
+def _apart(prompt: Prompt) -> list[str | list[int]]:
+    """Return every prompt on its own: a list of ids is one."""
+    if isinstance(prompt, str):
+        return [prompt]
+    ids = [part for part in prompt if isinstance(part, int)]
+    return [ids] if ids else [part for part in prompt if not isinstance(part, int)]
 
 
 def _encode_all(

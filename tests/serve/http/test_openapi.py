@@ -57,7 +57,7 @@ ROUTES = [(get.path.replace(":path", ""), "get") for get in GETS] + [(post.path,
     + [(*route, GenerationMode.NEGATIVE) for route in ROUTES if route[1] == "post"],
 )
 def test_every_route_does_what_its_document_says(schema: BaseSchema, path: str, method: str, mode) -> None:
-    @settings(max_examples=20, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=12, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
     @given(case=schema[path][method].as_strategy(generation_mode=mode))
     def check(case: Case) -> None:
         case.call_and_validate(headers=HEADERS)
