@@ -23,7 +23,5 @@ def test_a_smaller_cache_is_made_of_whole_blocks(tokenizer) -> None:
 
 
 def test_a_cache_too_small_for_the_models_longest_request_is_refused(tokenizer) -> None:
-    with pytest.raises(
-        ConfigError, match=r"cache_tokens \(120\) must be at least 128, one request of 128.*raise"
-    ):
+    with pytest.raises(ConfigError, match=r"cache_tokens \(120\) must be at least 128, one request of 128.*raise"):
         build(tokenizer, cache_tokens=120)
