@@ -24,11 +24,13 @@ SOAK_SCHEDULES = 10_000
 
 
 @pytest.mark.shows("An INT8 answer's tokens and logprobs are the same bits in any batch, cut, prefix hit or preemption")
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("kind", ["latent", "grouped"])
 def test_an_answers_bits_are_those_it_has_alone(kind: str, tmp_path: Path) -> None:
     model = int8_model(kind, tmp_path, "schedule")
     outcomes, played = alone(model, draw_requests()), Played()
-    for seed in range(80):
+    for seed in range(100):
         play(model, seed, outcomes, played)
     assert (played.differences, played.differing, played.lost_blocks) == (0, [], 0)
     assert min(played.preemptions, played.aborts, played.prefix_hits) > 20, "the schedules are hard enough"
