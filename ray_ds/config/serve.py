@@ -118,10 +118,11 @@ class ServeSettings:
     step_tokens: Annotated[int, Field(ge=16)] = 512
     """Tokens that a step computes, about; longer prompts are read in parts, so that they delay other answers little."""
     exactness: Exactness | None = None
-    """What tokens and log-probabilities do not depend on, to the last bit. `schedule`: on nothing but the request, its
-    seed and the threads. `batch`: not on what else is answered, but on whether a prefix was in the cache or an answer
-    had to stop; prompts are read faster. `none`: the fastest kernels, whose last bits depend on the batch. Absent =
-    `schedule` on a CPU, `none` on a GPU."""
+    """What the last bits of tokens and log-probabilities follow from. `schedule`: from the request and its seed alone.
+    `batch`: not from what else is answered, but from whether a prefix was in the cache or an answer had to stop;
+    prompts are read faster. `none`: also from the batch, in the fastest kernels. The first two hold for one thread
+    (`cpus_per_replica`): several end vector loops in the middle of rows. Absent = `schedule` on a CPU, `none` on a
+    GPU."""
     max_body_bytes: Annotated[int, Field(ge=1024)] = 1_000_000
     """Longest body of a request."""
     request_timeout_s: Annotated[float, Field(gt=0)] = 600.0

@@ -3,8 +3,9 @@
 The way through them: `decoder.py` (loss, logits, drafts) > `backbone.py` (layers) > `block.py` (one layer) >
 `latent_attention.py` or `grouped_attention.py`, `router.py` and `experts.py`. Below these: `attention.py` (softmax
 attention), `rotary.py`, `documents.py` (masks), `caches.py`, `layers.py`, `loss.py`, `prediction.py` (tokens ahead),
-`kernels.py` (plain or fast). Beside them `initial.py`, `balance.py`, `fp8/`, `hugging_face/` and `checkpoint_folder.py`
-for first values, router biases, training in FP8, names and files.
+`kernels.py` (plain or fast). For serving: `paged_cache.py`, `row_exact.py` and `row_tiles.py` (a row's own bits).
+Beside them `initial.py`, `balance.py`, `fp8/`, `hugging_face/` and `checkpoint_folder.py` for first values, router
+biases, training in FP8, names and files.
 
 Letters of shapes; a line that changes a shape ends with it:
 

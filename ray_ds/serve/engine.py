@@ -35,8 +35,8 @@ class QueueFullError(Exception):
         self.retry_after_s = retry_after_s
 
 
-class RequestTooLongError(ValueError):
-    """A request that the cache could never hold."""
+class UnfitRequestError(ValueError):
+    """A request that the model could never answer."""
 
 
 class EngineStoppedError(Exception):
@@ -72,6 +72,7 @@ class Engine:
         """Tokens of the longest request, prompt and answer."""
         self.max_open = max_running + max_queued
         """Requests it holds at most, running or waiting."""
+        self._vocab_size = tokenizer.vocab_size
         self._max_queued_tokens = max_queued_tokens
         self._core = EngineCore(
             model,
@@ -122,12 +123,12 @@ class Engine:
         """Take all of the requests or none; return what `cancel` wants.
 
         Raises:
-            RequestTooLongError: one is longer than `max_model_len`.
+            UnfitRequestError: one is longer than `max_model_len`, or names a token that there is not.
             QueueFullError: they are more than the queue has room for.
             EngineStoppedError: the engine has stopped.
         """
         for request, _ in requests:
-            self._check_length(request)
+            self._check(request)
         answers = [Answer(request, emit) for request, emit in requests]
         with self._wake:
             if self._stopped is not None or self._is_closing:
@@ -145,11 +146,16 @@ class Engine:
                 answer.is_cancelled = True
             self._wake.notify()
 
-    def _check_length(self, request: Request) -> None:
-        """Refuse what would wait for ever."""
-        max_tokens = 0 if isinstance(request, EmbeddingRequest) else request.params.max_tokens
+    def _check(self, request: Request) -> None:
+        """Refuse what would wait for ever or break the step that it is in."""
+        params = None if isinstance(request, EmbeddingRequest) else request.params
+        biased = [token for token, _ in params.logit_bias] if params else []
+        unknown = next((token for token in (*request.prompt, *biased) if not 0 <= token < self._vocab_size), None)
+        if unknown is not None:
+            raise UnfitRequestError(f"token ({unknown}) must be below {self._vocab_size}; use the model's tokenizer")
+        max_tokens = params.max_tokens if params else 0
         if not 0 < len(request.prompt) <= self.max_model_len - max_tokens:
-            raise RequestTooLongError(
+            raise UnfitRequestError(
                 f"prompt ({len(request.prompt)} tokens) and max_tokens ({max_tokens}) must be at least 1 token and at "
                 f"most max_model_len ({self.max_model_len}) together; shorten the prompt or lower max_tokens"
             )

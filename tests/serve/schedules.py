@@ -4,6 +4,7 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -33,6 +34,9 @@ MAX_LEN = 128
 NUM_BLOCKS = 48
 """Blocks that the model has; a schedule may use fewer."""
 NUM_REQUESTS = 40
+Promise = Literal["batch", "schedule"]
+BY_BATCH = {"step_tokens": 32, "cuts_anywhere": False, "reuses_prefixes": False}
+"""Of an engine that promises no more than `batch`: cuts follow from the prompt, no prefix is found."""
 
 
 class Letters:
@@ -117,13 +121,14 @@ class Played:
     """Schedule and request of the first differences."""
 
 
-def alone(model: PagedDecoder, requests: Sequence[Request]) -> dict[Request, Outcome]:
+def alone(model: PagedDecoder, requests: Sequence[Request], promise: Promise = "schedule") -> dict[Request, Outcome]:
     """Return what each request gets when nothing else ever ran."""
     model.num_blocks = NUM_BLOCKS
+    settings = {"step_tokens": 512, "cuts_anywhere": True, "reuses_prefixes": False}
     outcomes = {}
     for request in requests:
         events: list[Event] = []
-        core = _core(model, max_running=1, step_tokens=512, reuses_prefixes=False, cuts_anywhere=True)
+        core = _core(model, max_running=1, **(settings if promise == "schedule" else BY_BATCH))
         answer = Answer(request, events.append)
         core.scheduler.add([answer])
         while answer.is_running or core.scheduler.waiting:
@@ -132,21 +137,31 @@ def alone(model: PagedDecoder, requests: Sequence[Request]) -> dict[Request, Out
     return outcomes
 
 
-def play(model: PagedDecoder, seed: int, outcomes: Mapping[Request, Outcome], played: Played) -> None:
+def play(
+    model: PagedDecoder,
+    seed: int,
+    outcomes: Mapping[Request, Outcome],
+    played: Played,
+    promise: Promise = "schedule",
+) -> None:
     """Play one schedule drawn from a seed, compare each answer that ended, and count what happened.
 
-    Drawn are the size of the cache, how much a step reads, how many run, whether prefixes are reused, which requests
-    come when, and which of them are aborted when.
+    Drawn are how many run, which requests come when, and which of them are aborted when; where the whole schedule is
+    promised not to tell, also the size of the cache, how much a step reads and whether prefixes are reused.
     """
     draw = random.Random(seed)
-    model.num_blocks = draw.choice([8, 9, 11, 14, NUM_BLOCKS])
-    core = _core(
-        model,
-        max_running=draw.choice([1, 4, 8, 8]),
-        step_tokens=draw.choice([16, 33, 512]),
-        reuses_prefixes=draw.random() < 0.75,
-        cuts_anywhere=True,
-    )
+    if promise == "schedule":
+        model.num_blocks = draw.choice([8, 9, 11, 14, NUM_BLOCKS])
+        core = _core(
+            model,
+            max_running=draw.choice([1, 4, 8, 8]),
+            step_tokens=draw.choice([16, 33, 512]),
+            reuses_prefixes=draw.random() < 0.75,
+            cuts_anywhere=True,
+        )
+    else:
+        model.num_blocks = NUM_BLOCKS
+        core = _core(model, max_running=draw.choice([2, 4, 6]), **BY_BATCH)
     coming = draw.sample(list(outcomes), draw.randrange(2, 14))
     open_answers: dict[Answer, list[Event]] = {}
     while coming or open_answers:

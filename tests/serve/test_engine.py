@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from ray_ds.serve.engine import Engine, EngineStoppedError, QueueFullError, RequestTooLongError
+from ray_ds.serve.engine import Engine, EngineStoppedError, QueueFullError, UnfitRequestError
 from ray_ds.serve.requests import (
     Embedding,
     EmbeddingRequest,
@@ -253,11 +253,18 @@ def test_what_could_never_fit_is_refused_at_once(fake_model, tokenizer) -> None:
     model = fake_model(num_sequences=1, max_len=64)
     engine = Engine(model, tokenizer, max_running=4, max_queued=0)
     assert engine.max_model_len == 64
-    with pytest.raises(RequestTooLongError, match=r"prompt \(60 tokens\) and max_tokens \(5\).*max_model_len \(64\)"):
+    with pytest.raises(UnfitRequestError, match=r"prompt \(60 tokens\) and max_tokens \(5\).*max_model_len \(64\)"):
         start(engine, [request(range(3, 63), max_tokens=5)])
-    with pytest.raises(RequestTooLongError, match="at least 1 token"):
+    with pytest.raises(UnfitRequestError, match="at least 1 token"):
         start(engine, [request([], max_tokens=5)])
     start(engine, [request(range(3, 63), max_tokens=4)])
+
+
+def test_a_token_that_there_is_not_is_refused_and_breaks_no_step(fake_model, tokenizer) -> None:
+    engine = Engine(fake_model(), tokenizer, max_running=1, max_queued=0)
+    for unfit in (request([5, 999]), request([5], logit_bias=((-1, 2.0),)), EmbeddingRequest(prompt=(999,))):
+        with pytest.raises(UnfitRequestError, match=r"token \((999|-1)\) must be below 265; use the model's tokenizer"):
+            start(engine, [unfit])
 
 
 def test_a_queue_full_of_tokens_refuses_and_says_for_how_long(fake_model, tokenizer) -> None:

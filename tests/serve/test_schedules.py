@@ -5,9 +5,8 @@
 
 import json
 import os
-import platform
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -25,14 +24,24 @@ SOAK_SCHEDULES = 10_000
 
 
 @pytest.mark.shows("An INT8 answer's tokens and logprobs are the same bits in any batch, cut, prefix hit or preemption")
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("kind", ["latent", "grouped"])
 def test_an_answers_bits_are_those_it_has_alone(kind: str, tmp_path: Path) -> None:
     model = int8_model(kind, tmp_path, "schedule")
     outcomes, played = alone(model, draw_requests()), Played()
-    for seed in range(80):
+    for seed in range(100):
         play(model, seed, outcomes, played)
     assert (played.differences, played.differing, played.lost_blocks) == (0, [], 0)
     assert min(played.preemptions, played.aborts, played.prefix_hits) > 20, "the schedules are hard enough"
+
+
+def test_batch_mates_do_not_tell_where_no_more_is_promised(tmp_path: Path) -> None:
+    model = int8_model("latent", tmp_path, "batch")
+    outcomes, played = alone(model, draw_requests(), "batch"), Played()
+    for seed in range(25):
+        play(model, seed, outcomes, played, "batch")
+    assert (played.differences, played.differing, played.preemptions, played.prefix_hits) == (0, [], 0, 0)
 
 
 def test_without_exactness_bits_do_tell(tmp_path: Path) -> None:
@@ -47,27 +56,29 @@ def test_without_exactness_bits_do_tell(tmp_path: Path) -> None:
 @pytest.mark.soak
 @pytest.mark.timeout(7200)
 def test_ten_thousand_schedules(tmp_path: Path) -> None:
-    results = {}
+    results: dict[str, Played] = {}
     for kind in ("latent", "grouped"):
         model = int8_model(kind, tmp_path / kind, "schedule")
-        outcomes, played = alone(model, draw_requests()), Played()
+        outcomes, results[kind] = alone(model, draw_requests()), Played()
         for seed in range(SOAK_SCHEDULES // 2):
-            play(model, seed, outcomes, played)
-        results[kind] = played
-    RESULTS.write_text(
-        json.dumps(
-            {
-                "soak": "engine",
-                "cpus": os.cpu_count(),
-                "machine": platform.machine(),
-                "torch": torch.__version__,
-                "models": {kind: asdict(played) for kind, played in results.items()},
-            },
-            indent=1,
-        )
-        + "\n"
-    )
+            play(model, seed, outcomes, results[kind])
+            if seed % 100 == 99:
+                keep(results)
     assert [(played.differences, played.lost_blocks) for played in results.values()] == [(0, 0)] * 2
+
+
+def keep(results: Mapping[str, Played]) -> None:
+    """Write the results so far."""
+    content = {
+        "soak": "engine",
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "schedules": sum(played.schedules for played in results.values()),
+        "differences": sum(played.differences for played in results.values()),
+        "models": {kind: asdict(played) for kind, played in results.items()},
+    }
+    RESULTS.write_text(json.dumps(content, indent=1) + "\n")
 
 
 @pytest.mark.shows("10,000 answers broken off at any point leave no block of the cache taken")
