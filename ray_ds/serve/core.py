@@ -199,13 +199,13 @@ class EngineCore:
         self.num_tokens += 1
         reason: FinishReason | None = None
         text = ""
+        if params.logprobs is not None:
+            logprob, top = token_logprobs(logits, token, params.logprobs)
+            offset = answer.text.num_chars
+            answer.unsent.append(TokenLogprobs(token=token, logprob=logprob, top=top, text_offset=offset))
         if token in self._ends(answer):
             reason = "stop"
         else:
-            if params.logprobs is not None:
-                logprob, top = token_logprobs(logits, token, params.logprobs)
-                offset = answer.text.num_chars
-                answer.unsent.append(TokenLogprobs(token=token, logprob=logprob, top=top, text_offset=offset))
             may_stop = answer.num_sampled >= params.min_tokens
             text = answer.text.push(self._tokenizer.token_bytes(token), may_stop=may_stop)
             if answer.text.is_stopped:

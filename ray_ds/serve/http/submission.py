@@ -5,7 +5,7 @@ import contextlib
 import math
 from collections.abc import AsyncIterator, Sequence
 
-from ray_ds.serve.engine import EngineStoppedError, QueueFullError
+from ray_ds.serve.engine import EngineStoppedError, QueueFullError, UnfitRequestError
 from ray_ds.serve.http.errors import ApiError
 from ray_ds.serve.http.gate import Caller
 from ray_ds.serve.http.metrics import RequestTimer
@@ -31,7 +31,7 @@ class Submission:
         """Hand the requests, which the caller's limits have admitted, to the engine.
 
         Raises:
-            ApiError: 400, the safety filter refuses a prompt; 429, the engine has no room; 503, it has stopped.
+            ApiError: 400, a prompt does not fit or the safety filter refuses it; 429, the engine has no room; 503, it has stopped.
         """
         self._caller = caller
         self._engine = service.engine
@@ -47,6 +47,8 @@ class Submission:
             message = f"the server has no room for more {error.reason}; try again in {wait} s"
             headers = {"Retry-After": str(wait)}
             raise ApiError(429, message, type="rate_limit_error", code="queue_full", headers=headers) from None
+        except UnfitRequestError as error:
+            raise ApiError(400, str(error), param="prompt") from None
         except ContentRefusedError as error:
             raise ApiError(400, str(error), param="prompt", code="content_filter") from None
         except EngineStoppedError as error:

@@ -33,13 +33,13 @@ class Watched:
 @pytest.mark.shows("A client that leaves stops the work on its answer within one step")
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_disconnect_stops_the_work_within_a_step(service: CompletionService, engine, model, api_key, stream) -> None:
-    decode = model.decode
+    write = model.write
 
-    def slowly(slots, tokens):
+    def slowly(blocks, starts, tokens):
         time.sleep(STEP_S)
-        return decode(slots, tokens)
+        return write(blocks, starts, tokens)
 
-    model.decode = slowly
+    model.write = slowly
     watched = Watched(engine)
     body = {"prompt": ["a", "b"], "max_tokens": 200, "stream": stream}
     headers = {"Authorization": f"Bearer {api_key}"}
