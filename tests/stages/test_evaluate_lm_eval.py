@@ -47,9 +47,7 @@ def test_lm_eval_asks_in_turns_of_the_models_template(tmp_path: Path, local_ray:
         include_path=str(folder), tasks=("mine", "write"), apply_chat_template=True, system_instruction="Be short."
     )
     plain = make_checkpoint(tmp_path)
-    with pytest.raises(
-        ConfigError, match=r"lm_eval.apply_chat_template \(True\) needs a chat template, which the"
-    ):
+    with pytest.raises(ConfigError, match=r"lm_eval.apply_chat_template \(True\) needs a chat template, which the"):
         run_evaluate(tmp_path, plain, shards, settings((), lm_eval=own), "first")
     talking = make_checkpoint(tmp_path, template=DEFAULT_TEMPLATE)
     report = run_evaluate(tmp_path, talking, shards, settings((), lm_eval=own, seq_len=256), "second")
