@@ -96,9 +96,12 @@ class TrainLoop:
         self.trackers: Trackers | None = None
 
     def resume(self) -> None:
-        """Go on from the newest safe state, if there is one."""
+        """Go on from the newest safe state, or from first weights if there is none."""
         self.host.beat("loading the state")
-        progress = self.safekeeping.restore() or Progress(step=0, cursor=0, records=[])
+        progress = self.safekeeping.restore()
+        if progress is None:
+            self.stepper.start_anew()
+            progress = Progress(step=0, cursor=0, records=[])
         self.step, self.cursor = progress.step, progress.cursor
         is_first = self.host.rank == 0
         root = self.task.checkpoints

@@ -9,6 +9,7 @@ from ray_ds import storage
 from ray_ds.artifacts import Checkpoint, TeacherLogits, open_artifact
 from ray_ds.config.objective import Distill, Dpo
 from ray_ds.errors import ConfigError
+from ray_ds.model.balance import reset_expert_load
 from ray_ds.model.checkpoint_folder import load_checkpoint_folder
 from ray_ds.model.decoder import Decoder, LossWeights
 from ray_ds.model.fp8 import to_fp8
@@ -28,24 +29,19 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def make_objective(task: TrainTask, device: torch.device) -> Objective:
-    """Return what the task minimises, the same on every process, its decoder in fp32 on the CPU.
+    """Return what the task minimises, the same on every process, its decoder in fp32 on the device.
+
+    What is trained has no values yet, which a state to go on from, or `first_weights`, gives it; weights that adapters
+    stand beside, and adapters, have.
 
     Raises:
         ArtifactError: a checkpoint that is started from, or asked, is damaged.
         ConfigError: an adapter's pattern names no layer.
     """
     settings = task.settings
-    decoder = Decoder(
-        task.config,
-        recompute_activations=settings.recompute_activations,
-        kernels=settings.kernels,
-        weights=LossWeights(prediction=settings.prediction_weight or 0.0, balance=settings.balance_weight or 0.0),
-    )
-    if task.init_from is None:
-        init_weights(decoder, settings.seed)
-    else:
-        start = load_checkpoint(task.init_from, torch.float32, torch.device("cpu"))
-        decoder.load_state_dict(start.state_dict())
+    decoder = empty_decoder(task, device)
+    if settings.lora is not None:
+        decoder.load_state_dict(first_weights(task).state_dict())
     if settings.fp8:
         _check_fp8(device)
         to_fp8(decoder.model.layers, device)
@@ -65,6 +61,36 @@ def make_objective(task: TrainTask, device: torch.device) -> Objective:
             return DistillObjective(decoder, distill, _load_frozen(task.teacher, task, device))
         case _:
             return NextTokenObjective(decoder)
+
+
+def empty_decoder(task: TrainTask, device: torch.device) -> Decoder:
+    """Return the task's model in fp32, no value of its parameters set: torch's own first ones take seconds to draw."""
+    settings = task.settings
+    weights = LossWeights(prediction=settings.prediction_weight or 0.0, balance=settings.balance_weight or 0.0)
+    with torch.device("meta"):
+        decoder = Decoder(
+            task.config,
+            recompute_activations=settings.recompute_activations,
+            kernels=settings.kernels,
+            weights=weights,
+        )
+    decoder.to_empty(device=device)
+    decoder.tie_embeddings()
+    reset_expert_load(decoder)
+    return decoder
+
+
+def first_weights(task: TrainTask) -> Decoder:
+    """Return a model with the weights that training starts from, in fp32 on the CPU, the same on every process.
+
+    Raises:
+        ArtifactError: the checkpoint that is started from is damaged.
+    """
+    if task.init_from is not None:
+        return load_checkpoint(task.init_from, torch.float32, torch.device("cpu"))
+    decoder = empty_decoder(task, torch.device("cpu"))
+    init_weights(decoder, task.settings.seed)
+    return decoder
 
 
 def _check_fp8(device: torch.device) -> None:

@@ -14,8 +14,9 @@ from ray_ds.model.balance import expert_load, reset_expert_load, update_router_b
 from ray_ds.train.arrival import Arrival
 from ray_ds.train.batch_pass import BatchPass, masked
 from ray_ds.train.batches import Batches, open_task_rows, validation_batches
+from ray_ds.train.first_state import FirstState
 from ray_ds.train.host import Host
-from ray_ds.train.start import make_objective
+from ray_ds.train.start import DTYPES, first_weights, make_objective
 from ray_ds.train.task import TrainTask
 from ray_ds.train.zero.engine import Engine, StepResult
 
@@ -35,7 +36,7 @@ class Stepper:
     """The model with its engine and its data, the same on every process."""
 
     def __init__(self, task: TrainTask, host: Host) -> None:
-        """Build the model and open the shards."""
+        """Build the model, its values unset, and open the shards."""
         settings = task.settings
         self._task, self._settings, self._host = task, settings, host
         self.objective = make_objective(task, host.device)
@@ -48,6 +49,16 @@ class Stepper:
         self._is_fp16 = settings.precision == "fp16"
         self._runs_ahead = may_run_ahead(settings, host.device)
         self._ahead: BatchPass | None = None
+
+    def start_anew(self) -> None:
+        """Give the model its first weights; all processes call this together.
+
+        Raises:
+            ArtifactError: the checkpoint that is started from is damaged.
+        """
+        if self._settings.lora is None:  # adapters have theirs, and the weights beside them
+            dtype = DTYPES[self._settings.precision]
+            self.engine.load_state(FirstState(first_weights(self._task), dtype, self.engine.state().facts))
 
     def forward_backward(self, number: int, cursor: int) -> tuple[Tensor, int]:
         """Add up the gradient of this process's micro-batches.

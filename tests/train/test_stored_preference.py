@@ -78,7 +78,10 @@ def test_no_second_model_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     load = start.load_checkpoint
     monkeypatch.setattr(start, "load_checkpoint", lambda uri, *args: loaded.append(uri) or load(uri, *args))
     assert isinstance(start.make_objective(task, torch.device("cpu")), StoredDpoObjective)
-    assert loaded == [task.init_from]
+    assert not loaded
+    asking = tuning_task(tmp_path, settings, "preference", "asking")
+    assert isinstance(start.make_objective(asking, torch.device("cpu")), DpoObjective)
+    assert loaded == [asking.init_from]
 
 
 def test_padding_rows_have_room_for_what_is_stored(tmp_path: Path) -> None:

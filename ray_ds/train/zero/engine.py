@@ -55,8 +55,8 @@ class Engine:
         """Hand the model to DeepSpeed; all processes call this together, with equal weights.
 
         Args:
-            objective: its decoder with its first weights, in fp32 on any device; it changes place and type. Parameters
-                that want no gradient stay as they are, and are in no state.
+            objective: its decoder in fp32 on any device; it changes place and type. Weights that are trained may be
+                unset until `load_state`. Parameters that want no gradient stay as they are, and are in no state.
         """
         found = get_accelerator().device_name()
         assert found == device.type, f"DeepSpeed took {found}: set DS_ACCELERATOR={device.type} before it is imported"
