@@ -12,9 +12,6 @@ Scheme = Literal["w8a8", "w8a16", "fp8"]
 `w8a8` INT8 weights, INT8 activations with a scale a token; `w8a16` INT8 weights, activations stay floats;
 `fp8` weights and activations in FP8 (E4M3), with a scale a token."""
 
-DEFAULT_SMOOTHING = 0.5
-"""The migration strength that SmoothQuant uses for most models (arXiv 2211.10438, section 4)."""
-
 
 @settings
 class QuantizeSettings:
@@ -23,9 +20,9 @@ class QuantizeSettings:
     scheme: Scheme = "w8a8"
     """`w8a8`: INT8 weights and activations; `w8a16`: INT8 weights alone, for activations that bear no rounding; `fp8`:
     both in FP8 (E4M3), for Hopper GPUs and later, elsewhere slow."""
-    smoothing: Annotated[float, pydantic.Field(ge=0, le=1)] | None = None
-    """How much of the activations' outliers moves into the weights (SmoothQuant's alpha): 0 = nothing moves, 1 = all;
-    absent = 0.5 with w8a8, 0 with the others."""
+    smoothing: Annotated[float, pydantic.Field(ge=0, le=1)] = 0.0
+    """How much of the activations' outliers moves into the weights (SmoothQuant's alpha): 0 = nothing, and nothing is
+    calibrated; 1 = all; 0.5 is usual where outliers fail a gate. A model without outliers is better left without."""
     calibration_tokens: pydantic.PositiveInt = 32_768
     """Tokens of the train split on which the activations' largest magnitudes are measured, in rows spread evenly over
     it; only where there is smoothing."""
@@ -55,13 +52,6 @@ class QuantizeSettings:
         if self.scheme == "w8a16" and self.smoothing:
             allowed = "has no effect where scheme is w8a16: only activations are smoothed"
             raise ConfigError("smoothing", self.smoothing, allowed, "remove it, or use scheme w8a8")
-        if self.num_workers > 1 and not self.alpha:
+        if self.num_workers > 1 and not self.smoothing:
             allowed = "has no effect without smoothing: one task compares the models"
             raise ConfigError("num_workers", self.num_workers, allowed, "use 1, or set smoothing")
-
-    @property
-    def alpha(self) -> float:
-        """Return the migration strength; 0 = no smoothing, and so no calibration."""
-        if self.smoothing is not None:
-            return self.smoothing
-        return DEFAULT_SMOOTHING if self.scheme == "w8a8" else 0.0

@@ -2,7 +2,7 @@
 
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -31,7 +31,8 @@ _KINDS = (
 )
 """Kinds of tensors, by the first pattern that a name on disk holds."""
 
-MEASURES = ("perplexity", "perplexity_ratio", "kl", "top1_agreement", "tokens", "size_ratio")
+MEASURES = ("smoothing", "perplexity", "perplexity_ratio", "kl", "top1_agreement", "tokens", "size_ratio")
+"""Facts of the manifest that are shown; an artefact of an earlier version has some of them."""
 
 
 def inspect_lines(artifact: QuantizedModel) -> list[str]:
@@ -44,22 +45,24 @@ def inspect_lines(artifact: QuantizedModel) -> list[str]:
             sizes.setdefault((kind, str(tensor.dtype).removeprefix("torch.")), []).append(tensor.nbytes)
     total = sum(map(sum, sizes.values()))
     facts = artifact.manifest.facts
-    lines = [f"scheme {scheme} ({FORMATS[scheme]}), smoothing {facts['smoothing']}", "", "kind, type: tensors, bytes"]
+    lines = [f"scheme {scheme} ({FORMATS[scheme]})", "", "kind, type: tensors, bytes"]
     for (kind, dtype), parts in sorted(sizes.items(), key=lambda item: -sum(item[1])):
         lines.append(f"  {kind}, {dtype}: {len(parts):,}, {sum(parts):,} ({sum(parts) / total:.1%})")
     lines += [f"  all: {sum(map(len, sizes.values())):,}, {total:,}", "", "against the checkpoint"]
-    lines += [f"  {name}: {facts[name]:.6g}" for name in MEASURES]
-    lines += ["", "largest relative errors of weights"]
-    return lines + [f"  {name}: {error:.4f}" for name, error in artifact.fact("weight_errors").items()]
+    lines += [f"  {name}: {facts[name]:.6g}" for name in MEASURES if name in facts]
+    errors: Mapping[str, float] = facts.get("weight_errors", {})  # type: ignore[assignment]
+    lines += ["", "largest relative errors of weights"] if errors else []
+    return lines + [f"  {name}: {error:.4f}" for name, error in errors.items()]
 
 
-def verify_lines(artifact: QuantizedModel, device: str = "cpu") -> list[str]:
+def verify_lines(artifact: QuantizedModel) -> list[str]:
     """Check a model's files, layout and shapes, and this machine's kernels for its shapes; return what was found.
 
     Raises:
         ArtifactError: a file differs from its manifest; a tensor is missing, surplus, or has another shape or type.
     """
     artifact.verify_files()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     with _folder(artifact) as folder:
         scheme = read_scheme(folder / CONFIG_FILE)
         decoder = load_quantized(folder, device)

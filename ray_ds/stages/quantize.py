@@ -88,7 +88,7 @@ def quantize(settings: QuantizeSettings, run: StageRun) -> Artifact:
         target=run.path(MODEL_FOLDER),
     )
     with user_errors():
-        maxima = calibrate(job, resources) if settings.alpha else {}
+        maxima = calibrate(job, resources) if settings.smoothing else {}
         task = ray.remote(**resources)(quantize_and_compare)
         progress: Progress | None = None
         for reference in task.remote(job, maxima):
@@ -133,7 +133,7 @@ def quantize_and_compare(job: QuantizeJob, maxima: Mapping[str, Tensor]) -> Iter
         split, batches = plan_batches(job, "validation", settings.gate_tokens, source, Path(scratch))
         factors: dict[str, TensorFactors] = {}
         if maxima:
-            factors = find_factors(read_config(source), read_tensors(source), maxima, settings.alpha)
+            factors = find_factors(read_config(source), read_tensors(source), maxima, settings.smoothing)
         written = quantize_folder(
             source, target, max_shard_bytes=settings.max_shard_bytes, scheme=settings.scheme, factors=factors
         )
@@ -174,7 +174,8 @@ def check_gates(comparison: Comparison, settings: QuantizeSettings, step: str) -
         ArtifactError: a measure is beyond its setting, or no number; the message says what to try.
     """
     losses = [nats / comparison.tokens for nats in (comparison.quantized_nats, comparison.float_nats)]
-    remedy = "raise smoothing, use scheme w8a16" if settings.scheme == "w8a8" else "train the checkpoint further"
+    smooth = "raise smoothing" if settings.smoothing else "set smoothing = 0.5"
+    remedy = f"{smooth}, use scheme w8a16" if settings.scheme == "w8a8" else "train the checkpoint further"
     gates = (
         (
             "max_perplexity_ratio",
@@ -207,7 +208,7 @@ def find_facts(comparison: Comparison, written: Written, settings: QuantizeSetti
     worst = heapq.nlargest(NAMED_WEIGHTS, written.weight_errors.items(), key=lambda item: item[1])
     return {
         "scheme": settings.scheme,
-        "smoothing": settings.alpha,
+        "smoothing": settings.smoothing,
         "perplexity": comparison.perplexity,
         "perplexity_ratio": comparison.perplexity_ratio,
         "kl": comparison.kl,

@@ -27,13 +27,6 @@ def test_settings_that_measure_nothing_are_refused(field: str) -> None:
         decode_settings(QuantizeSettings, {field: 0}, where="demo.toml: quantize")
 
 
-@pytest.mark.parametrize(
-    ("scheme", "given", "alpha"), [("w8a8", {}, 0.5), ("fp8", {}, 0.0), ("w8a8", {"smoothing": 0}, 0)]
-)
-def test_only_int8_activations_are_smoothed_by_default(scheme: str, given: dict[str, float], alpha: float) -> None:
-    assert decode_settings(QuantizeSettings, {"scheme": scheme, **given}, where="quantize").alpha == alpha
-
-
 def test_smoothing_that_would_do_nothing_is_refused() -> None:
     with pytest.raises(
         ConfigError, match=r"quantize.smoothing \(0.5\) has no effect where scheme is w8a16: only activ"
@@ -43,7 +36,7 @@ def test_smoothing_that_would_do_nothing_is_refused() -> None:
 
 def test_workers_that_would_have_nothing_to_do_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"quantize.num_workers \(4\) has no effect without smoothing: one task comp"):
-        decode_settings(QuantizeSettings, {"smoothing": 0, "num_workers": 4}, where="quantize")
+        decode_settings(QuantizeSettings, {"num_workers": 4}, where="quantize")
 
 
 def test_an_unknown_device_is_refused() -> None:
@@ -52,10 +45,10 @@ def test_an_unknown_device_is_refused() -> None:
 
 
 def test_only_what_changes_the_output_is_in_the_digest() -> None:
-    digested = digest_settings(QuantizeSettings(device="cpu", threads=7, micro_batch=3, num_workers=4))
+    digested = digest_settings(QuantizeSettings(device="cpu", threads=7, micro_batch=3))
     assert digested == {
         "scheme": "w8a8",
-        "smoothing": None,
+        "smoothing": 0.0,
         "calibration_tokens": 32_768,
         "max_perplexity_ratio": 1.005,
         "max_kl": 0.01,

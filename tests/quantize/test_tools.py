@@ -52,13 +52,22 @@ def test_inspect_shows_scheme_sizes_gates_and_errors(tmp_path: Path, capsys: pyt
     assert status == 0
     tensors = load_file(artifact.path("model", "model.safetensors"))
     experts = [tensor for name, tensor in tensors.items() if ".experts." in name and tensor.dtype == torch.int8]
-    assert "scheme w8a8 (int-quantized), smoothing 0.5" in out
+    assert "scheme w8a8 (int-quantized)" in out and "smoothing: 0.5" in out
     assert f"routed experts, int8: {len(experts)}, {sum(tensor.nbytes for tensor in experts):,} (" in out
     assert f"all: {len(tensors)}, {sum(tensor.nbytes for tensor in tensors.values()):,}" in out
     assert "perplexity_ratio: 1.0012" in out and "top1_agreement: 0.991" in out
     for name, tensor in tensors.items():
         if tensor.dtype == torch.int8:
             assert f"  {name}: 0.0" in out
+
+
+def test_a_model_of_an_earlier_version_is_shown_too(tmp_path: Path) -> None:
+    run = stage_run(tmp_path, "QuantizedModel")
+    quantize_folder(write_checkpoint(tmp_path / "source", "dense"), Path(run.path("model")), max_shard_bytes=1 << 30)
+    artifact = run.commit({"perplexity_ratio": 1.003}, seconds=0.0)
+    assert isinstance(artifact, QuantizedModel)
+    lines = inspect_lines(artifact)
+    assert lines[0] == "scheme w8a8 (int-quantized)" and lines[-1] == "  perplexity_ratio: 1.003"
 
 
 def test_no_tensor_is_of_an_unknown_kind(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from ray_ds.stages.quantize import QuantizeJob, check_gates, measure_part, quant
 from tests.quantize.tiny_models import SEQ_LEN, make_tokens, plant_outliers, trained_state, write_checkpoint
 from tests.stages.small_artifacts import stage_run
 
-SETTINGS = QuantizeSettings(gate_tokens=2048, device="cpu")
+SETTINGS = QuantizeSettings(smoothing=0.5, gate_tokens=2048, device="cpu")
 
 
 def make_shards(folder: Path, *, tokenizer: str = "t0", num_rows: int = 100) -> TokenShards:
@@ -102,7 +102,7 @@ def test_outliers_fail_the_gates_and_smoothing_passes(tmp_path: Path) -> None:
     plain = make_job(tmp_path, checkpoint, shards, dataclasses.replace(SETTINGS, smoothing=0.0))
     message = (
         r"^quantize.max_perplexity_ratio \(1\.\d+\) must be at most 1.005: the quantized model's perplexity over the "
-        r"checkpoint's \(loss \d\.\d+ and \d\.\d+ nats a token\); raise smoothing, use scheme w8a16, or change"
+        r"checkpoint's \(loss \d\.\d+ and \d\.\d+ nats a token\); set smoothing = 0.5, use scheme w8a16, or change"
     )
     with pytest.raises(ArtifactError, match=message):
         list(quantize_and_compare(plain, {}))
@@ -125,7 +125,7 @@ def test_any_number_of_tasks_calibrates_to_the_same_bytes(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("scheme", ["w8a16", "fp8"])
 def test_other_schemes_pass_too(tmp_path: Path, scheme: Scheme) -> None:
-    settings = dataclasses.replace(SETTINGS, scheme=scheme)
+    settings = dataclasses.replace(SETTINGS, scheme=scheme, smoothing=0.0)
     job = make_job(tmp_path, make_checkpoint(tmp_path), make_shards(tmp_path), settings)
     facts = list(quantize_and_compare(job, {}))[-1].facts
     assert (facts["scheme"], facts["smoothing"]) == (scheme, 0.0)
