@@ -30,7 +30,8 @@ class TokenLoadPolicy:
         reported: dict[Any, dict[str, list[tuple[float, float]]]] = {}
         for metric, replicas in (context.raw_metrics or {}).items():
             for replica, points in replicas.items():
-                reported.setdefault(replica, {})[metric] = [(point.timestamp, point.value) for point in points]
+                ends = [(point.timestamp, point.value) for point in [*points[:1], *points[-1:]]]
+                reported.setdefault(replica, {})[metric] = ends
         now_s = context.current_time
         windows = [window_of(reported.get(replica, {})) for replica in context.running_replicas]
         fresh = [window for window in windows if window is not None and now_s - window.end_s < STALE_S]

@@ -81,11 +81,11 @@ def make_model(folder: Path, *, seed: int = 3) -> Artifact:
     return run.commit({}, seconds=0.0)
 
 
-def make_settings(port: int, scaling: AutoscalingSettings) -> ServeSettings:
+def make_settings(port: int, scaling: AutoscalingSettings, *, places: int = PLACES) -> ServeSettings:
     """Return settings of a replica with few places, so that a laptop can fill it."""
     return ServeSettings(
         port=port,
-        max_running_requests=PLACES,
+        max_running_requests=places,
         max_model_len=PROMPT_TOKENS * 2 + ANSWER_TOKENS,
         autoscaling=scaling,
         drain_timeout_s=20.0,

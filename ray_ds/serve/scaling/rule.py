@@ -65,7 +65,8 @@ def measure_need(windows: Sequence[LoadWindow], num_queued: float, targets: Scal
 
 @dataclass(frozen=True, slots=True)
 class _Wanted:
-    at_s: float
+    until_s: float
+    """The last time at which this was wanted; it was from the end of the one before on."""
     up: int
     """Replicas that the load needs: with fewer, some must be added."""
     down: int
@@ -96,12 +97,19 @@ class TokenLoadRule:
         need = measure_need(windows, num_queued, self._targets).most
         up = math.ceil(need - ROUNDING)
         down = math.ceil(need / (1 - self._targets.hysteresis) - ROUNDING)
-        is_all_known = windows and len(windows) == num_replicas
-        self._wanted.append(_Wanted(now_s, up, down if is_all_known else max(down, target)))
-        while self._wanted[0].at_s < now_s - self._longest_s:
-            self._wanted.popleft()
+        is_all_known = 0 < len(windows) == num_replicas
+        self._remember(_Wanted(now_s, up, down if is_all_known else max(down, target)))
         least_up = min(wanted.up for wanted in self._within(now_s, self._targets.upscale_delay_s))
         return least_up if least_up > target else min(target, self._most_down(now_s))
+
+    def _remember(self, wanted: _Wanted) -> None:
+        """Add what is wanted now, or make what was wanted before last until now; forget what no window reaches."""
+        before = self._wanted[-1]
+        if (before.up, before.down) == (wanted.up, wanted.down):
+            self._wanted.pop()
+        self._wanted.append(wanted)
+        while self._wanted[0].until_s < wanted.until_s - self._longest_s:
+            self._wanted.popleft()
 
     def _most_down(self, now_s: float) -> int:
         """Return the most that was needed, with some to spare, over the windows of scaling down."""
@@ -113,6 +121,6 @@ class TokenLoadRule:
     def _within(self, now_s: float, seconds: float) -> Iterator[_Wanted]:
         """Yield what was wanted over the last seconds, the latest first."""
         for wanted in reversed(self._wanted):
-            if wanted.at_s < now_s - seconds:
+            if wanted.until_s < now_s - seconds:
                 return
             yield wanted
