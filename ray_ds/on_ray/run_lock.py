@@ -6,8 +6,8 @@ import json
 import math
 import os
 import secrets
-import socket
 import signal
+import socket
 import threading
 import time
 from _thread import interrupt_main
