@@ -22,6 +22,7 @@ from ray_ds.errors import (
     UserError,
 )
 from ray_ds.logs import log_event, setup_logging
+from ray_ds.on_ray import NO_AUTO_CONNECT
 from ray_ds.plan.command import add_options as add_plan_options
 from ray_ds.plan.command import run_plan
 from ray_ds.plan.devices import Fleet
@@ -67,6 +68,7 @@ def _run_all() -> int:
 def _guard(action: Callable[[], int]) -> int:
     """Return an action's exit status, with the project's own errors printed in one line each."""
     setup_logging()
+    os.environ.update(NO_AUTO_CONNECT)
     try:
         return action()
     except UserError as error:
