@@ -6,7 +6,10 @@ from typing import Any
 
 import ray
 from ray._private.worker import global_worker
-from ray._raylet import GCS_AUTOSCALER_STATE_NAMESPACE, GCS_AUTOSCALER_V2_ENABLED_KEY
+from ray._raylet import (  # type: ignore[attr-defined, unused-ignore]
+    GCS_AUTOSCALER_STATE_NAMESPACE,
+    GCS_AUTOSCALER_V2_ENABLED_KEY,
+)
 
 STATUS_KEY = b"__autoscaling_status"
 READONLY_TYPE = "node_"

@@ -203,12 +203,8 @@ def _make_trainer(
 def _worker_env(task: TrainTask) -> dict[str, str]:
     """Return the environment of the workers."""
     threads = str(task.settings.threads_per_worker)
-    env = {
-        "OMP_NUM_THREADS": threads,
-        "DS_ACCELERATOR": task.device,
-        "TOKENIZERS_PARALLELISM": "false",
-        **NO_AUTO_CONNECT,
-    }
+    env = {"OMP_NUM_THREADS": threads, "DS_ACCELERATOR": task.device, "TOKENIZERS_PARALLELISM": "false"}
+    env |= NO_AUTO_CONNECT
     if task.device != "cuda":
         env |= MALLOC_ENV
     if task.settings.compile:
