@@ -79,9 +79,7 @@ def test_a_worker_never_spans_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
         check_cluster("/unused", num_workers=3, cpus_per_worker=2, gpus_per_worker=0, field="f")
 
 
-@pytest.mark.shows(
-    "A job that needs more nodes than are up waits for them with a node autoscaler, or once it has begun"
-)
+@pytest.mark.shows("A job that lacks nodes waits for them where an autoscaler is at work or the run has begun")
 @pytest.mark.parametrize(("has_begun", "has_autoscaler"), [(True, False), (False, True)])
 def test_nodes_that_may_come_are_waited_for(
     tmp_path: Path,
