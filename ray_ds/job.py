@@ -1,5 +1,6 @@
 """What every job in `jobs/` calls: it runs steps in this process, which becomes Ray's driver, and exits."""
 
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,6 +16,7 @@ from ray_ds.errors import (
     UserError,
 )
 from ray_ds.logs import log_event, setup_logging
+from ray_ds.on_ray import NO_AUTO_CONNECT
 from ray_ds.recipe import Recipe, Step, load_recipe
 from ray_ds.stage_table import find_stage, load_object
 from ray_ds.steps import find_finished, prepare_run
@@ -43,6 +45,7 @@ def exit_status(action: Callable[[], int]) -> int:
     0 done, 1 failed, 2 a user's mistake, 75 broken off: submit again to go on.
     """
     setup_logging()
+    os.environ.update(NO_AUTO_CONNECT)
     try:
         return action()
     except UserError as error:

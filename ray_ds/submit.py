@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from ray_ds.errors import RETRYABLE_EXIT_CODE, ClusterError, ConfigError, RetryableError
 from ray_ds.logs import log_event, parse_progress
+from ray_ds.on_ray import NO_AUTO_CONNECT
 from ray_ds.recipe import Step
 
 POLL_S = 0.5
@@ -119,7 +120,10 @@ def submit_step(client: Any, step: Step, request: JobRequest) -> str:
         entrypoint=" ".join(_quote(part) for part in quoted),
         submission_id=submission_id,
         # `ray job stop` waits as long before it kills; training writes a checkpoint meanwhile.
-        runtime_env={"working_dir": str(here), "env_vars": {STOP_WAIT: os.environ.get(STOP_WAIT, STOP_WAIT_S)}},
+        runtime_env={
+            "working_dir": str(here),
+            "env_vars": {STOP_WAIT: os.environ.get(STOP_WAIT, STOP_WAIT_S), **NO_AUTO_CONNECT},
+        },
         metadata={"step": step.name, "stage": step.stage.name},
     )
     return job_id

@@ -51,8 +51,8 @@ def test_a_job_has_a_minute_to_stop_or_what_the_environment_says(
         monkeypatch.setenv("RAY_JOB_STOP_WAIT_TIME_S", given)
     client = FakeClient()
     submit_step(client, load_recipe("jobs/recipes/demo.toml", root="/data").step("clean"), request())
-    grace = {"RAY_JOB_STOP_WAIT_TIME_S": expected}
-    assert client.job["runtime_env"] == {"working_dir": str(PROJECT), "env_vars": grace}
+    variables = {"RAY_JOB_STOP_WAIT_TIME_S": expected, "RAY_ENABLE_AUTO_CONNECT": "0"}
+    assert client.job["runtime_env"] == {"working_dir": str(PROJECT), "env_vars": variables}
 
 
 def test_a_folder_without_jobs_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -12,6 +12,8 @@ from ray_ds.logs import log_event
 from ray_ds.train.host import Request
 
 BEAT_S = 0.5
+CLOSE_S = 5.0
+"""Patience at the end with a call that the board does not answer."""
 WORKERS_PER_BEAT_S = 500
 """Beats a second that the board takes in without a worry; with more workers each of them beats less often."""
 
@@ -32,7 +34,14 @@ class BoardLine:
         """Where the process is; to be set."""
         self.request = Request.NONE
         """What the process was asked for, a beat ago at most."""
-        threading.Thread(target=self._talk, daemon=True, name="board").start()
+        self._is_closed = threading.Event()
+        self._thread = threading.Thread(target=self._talk, daemon=True, name="board")
+        self._thread.start()
+
+    def close(self) -> None:
+        """End the thread: it must not call Ray once this process is no part of the cluster any more."""
+        self._is_closed.set()
+        self._thread.join(CLOSE_S)
 
     def tell_stepping(self, step: int) -> None:
         """Say which step is the group's first, without waiting."""
@@ -47,19 +56,20 @@ class BoardLine:
 
     def _talk(self) -> None:
         try:
-            while True:
+            while not self._is_closed.is_set():
                 self.request = self._call_until_heard(
                     lambda: self._board.beat.remote(self._attempt, self._rank, self.place)
                 )
-                time.sleep(self._pause_s)
-        except ActorDiedError:
-            return
+                self._is_closed.wait(self._pause_s)
+        except RayError:
+            return  # the board is dead, or the line closed
 
     def _call_until_heard(self, call: Callable[[], Any]) -> Any:
         """Return what the board answers; it may hear the same more than once.
 
         Raises:
             ActorDiedError: it is dead.
+            RayError: it did not answer before the line was closed.
         """
         is_told = False
         while True:
@@ -71,4 +81,5 @@ class BoardLine:
                 if not is_told:
                     log_event("board_unreachable", rank=self._rank, reason=str(error).splitlines()[0])
                 is_told = True
-                time.sleep(self._pause_s)
+                if self._is_closed.wait(self._pause_s):
+                    raise

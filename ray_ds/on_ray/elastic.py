@@ -24,6 +24,7 @@ from ray.train.v2._internal.execution.scaling_policy import NoopDecision
 from ray.train.v2._internal.execution.scaling_policy.elastic import ElasticScalingPolicy
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from ray_ds.on_ray import NO_AUTO_CONNECT
 from ray_ds.on_ray.board import Look
 from ray_ds.on_ray.failures import BoundedFailurePolicy, is_lost_group
 from ray_ds.on_ray.nodes import answering, draining_nodes, reserved, usable_nodes
@@ -81,7 +82,7 @@ class ElasticTorchTrainer(TorchTrainer):  # type: ignore[misc, unused-ignore]
         options["failure_policy"] = BoundedFailurePolicy(self._plan.max_failures, self._board)
         options["callbacks"] = [*options["callbacks"], _EndUnfinishedAtOnce()]
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        env = {**CONTROLLER_ENV, **get_env_vars_to_propagate()}
+        env = {**CONTROLLER_ENV, **NO_AUTO_CONNECT, **get_env_vars_to_propagate()}
         actor = ray.remote(num_cpus=0, runtime_env={"env_vars": env}, scheduling_strategy=here)(SparedController)
         controller = actor.remote(**options, modules=self._plan.spare_modules)
         ray.get(controller.run.remote())

@@ -89,4 +89,5 @@ class RayHost:
 
     def close(self) -> None:
         """Say that this process has ended well."""
+        self._line.close()
         self._pulse.close()

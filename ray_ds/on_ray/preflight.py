@@ -8,24 +8,37 @@ from ray.exceptions import GetTimeoutError, NodeDiedError, RayError, TaskUnsched
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ray_ds import storage
-from ray_ds.errors import ClusterError
+from ray_ds.errors import ClusterError, StorageUnavailable
 from ray_ds.logs import log_event
+from ray_ds.on_ray.autoscaler import nodes_may_come
 
 PROBE_TIMEOUT_S = 60.0
 
 
 def check_cluster(
-    run_dir: str, *, num_workers: int, cpus_per_worker: float, gpus_per_worker: float, field: str
+    run_dir: str,
+    *,
+    num_workers: int,
+    cpus_per_worker: float,
+    gpus_per_worker: float,
+    field: str,
+    has_begun: bool = False,
 ) -> None:
     """Check that the cluster holds the workers and that each of its nodes reads what another writes in `run_dir`.
 
+    Nodes that are missing are waited for later where they may come: with a node autoscaler, or where they were lost.
+
     Args:
         field: the setting that asks for the workers, such as `pretrain.num_workers`.
+        has_begun: whether the cluster held the workers before.
     Raises:
         ClusterError: it does not.
+        StorageUnavailable: the object store of `run_dir` does not answer.
     """
     fitting = _workers_that_fit(cpus_per_worker, gpus_per_worker)
-    if fitting < num_workers:
+    if fitting < num_workers and (has_begun or nodes_may_come()):
+        log_event("nodes_missing", field=field, wanted=num_workers, fitting=fitting, action="wait for more nodes")
+    elif fitting < num_workers:
         need = f"{cpus_per_worker:g} CPU" + (f" and {gpus_per_worker:g} GPU" if gpus_per_worker else "")
         raise ClusterError(
             field,
@@ -53,12 +66,15 @@ def check_shared(run_dir: str) -> None:
 
     Raises:
         ClusterError: a node does not, or this process cannot write there.
+        StorageUnavailable: the object store does not answer.
     """
     content = secrets.token_hex(16)
     probe = storage.join(run_dir, f".probe-{content}")
     advice = "use a folder that every node mounts, or an object store (s3://, gs://)"
     try:
         storage.write_bytes(probe, content.encode())
+    except StorageUnavailable:
+        raise
     except OSError as error:
         raise ClusterError("run_dir", run_dir, f"must be writable from this node ({error})", advice) from error
     try:

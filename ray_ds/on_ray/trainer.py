@@ -16,6 +16,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from ray_ds import storage
 from ray_ds.logs import log_event, setup_logging
+from ray_ds.on_ray import NO_AUTO_CONNECT
 from ray_ds.on_ray.board import Event, News, open_board
 from ray_ds.on_ray.hang_watch import HangWatch
 from ray_ds.on_ray.host import RayHost
@@ -203,6 +204,7 @@ def _worker_env(task: TrainTask) -> dict[str, str]:
     """Return the environment of the workers."""
     threads = str(task.settings.threads_per_worker)
     env = {"OMP_NUM_THREADS": threads, "DS_ACCELERATOR": task.device, "TOKENIZERS_PARALLELISM": "false"}
+    env |= NO_AUTO_CONNECT
     if task.device != "cuda":
         env |= MALLOC_ENV
     if task.settings.compile:

@@ -15,6 +15,7 @@ from ray_ds.data.rows import PackedRows, check_any_row
 from ray_ds.data.shards import Split
 from ray_ds.errors import ConfigError
 from ray_ds.logs import Progress, log_event
+from ray_ds.on_ray.autoscaler import nodes_may_come
 from ray_ds.on_ray.devices import known_gpu_fleet
 from ray_ds.on_ray.gauges import TrainGauges
 from ray_ds.on_ray.preflight import check_cluster
@@ -27,6 +28,7 @@ from ray_ds.tokenizer import load_tokenizer
 from ray_ds.train.batches import check_cache, open_task_rows
 from ray_ds.train.checkpoints import METRICS
 from ray_ds.train.checkpoints.folders import delete_file
+from ray_ds.train.goodput import ATTEMPTS, Attempt, read_attempts
 from ray_ds.train.inputs import check_reference, check_row_kind, check_teacher_logits, read_model
 from ray_ds.train.metrics import SHOWN
 from ray_ds.train.task import TrainTask
@@ -79,6 +81,7 @@ def make_task(settings: TrainSettings, shards: TokenShards, run: StageRun) -> Tr
         ConfigError: rows are longer than the model takes, or the objective wants other shards.
     """
     tokenizer = load_tokenizer(shards.path("tokenizer.json"))
+    last = last_attempt(run)
     start, teacher, reference = (run.named.get(name) for name in ("init_from", "teacher", "reference"))
     if start is not None:
         config = read_model(start, shards, seq_len=settings.seq_len, step=run.step)
@@ -105,19 +108,38 @@ def make_task(settings: TrainSettings, shards: TokenShards, run: StageRun) -> Tr
         output=run.uri,
         bos_token_id=tokenizer.bos_id,
         eos_token_id=tokenizer.eos_id,
-        device=choose_device(settings, run.step),
+        device=choose_device(settings, run.step, had=None if last is None else last.device),
         job_started=time.time(),
     )
 
 
-def choose_device(settings: TrainSettings, step: str) -> Device:
+def last_attempt(run: StageRun) -> Attempt | None:
+    """Return the newest group of workers that trained in this run, whose nodes may be lost; None where it is new."""
+    attempts = read_attempts(run.work_path(CHECKPOINTS, ATTEMPTS))
+    return attempts[-1] if attempts else None
+
+
+def choose_device(settings: TrainSettings, step: str, *, had: str | None) -> Device:
     """Return what workers compute on.
 
+    Args:
+        had: what this run's earlier workers computed on, which counts where the settings leave it open: the nodes with
+            the GPUs may be lost just now. None where there were none.
     Raises:
-        ConfigError: fp16 is asked for on a CPU without it.
+        ConfigError: fp16 is asked for on a CPU without it; or it is left open and no node has a GPU, but more may come.
     """
-    has_gpus = ray.cluster_resources().get("GPU", 0) > 0
-    device: Device = "cuda" if settings.device == "cuda" or (settings.device == "auto" and has_gpus) else "cpu"
+    device: Device
+    if settings.device != "auto":
+        device = settings.device
+    elif had is not None:
+        device = "cuda" if had == "cuda" else "cpu"
+    elif ray.cluster_resources().get("GPU", 0) > 0:
+        device = "cuda"
+    elif nodes_may_come():
+        allowed = "must be cuda or cpu where no node has a GPU yet and a node autoscaler may start some that have"
+        raise ConfigError(f"{step}.device", settings.device, allowed, f"add --{step}.device=cuda, or cpu")
+    else:
+        device = "cpu"
     if device == "cpu" and settings.precision == "fp16" and not cpu_has_fp16():
         allowed = "must be bf16 or fp32 on this CPU, which has no fp16 arithmetic"
         raise ConfigError(f"{step}.precision", settings.precision, allowed, "use bf16, or a cluster with GPUs")
@@ -147,6 +169,7 @@ def check_task(task: TrainTask, run: StageRun) -> None:
         cpus_per_worker=settings.cpus_per_worker,
         gpus_per_worker=1.0 if task.device == "cuda" else 0.0,
         field=f"{run.step}.num_workers",
+        has_begun=last_attempt(run) is not None,
     )
     named = run.named.values()
     for checkpoint in (artifact for artifact in named if isinstance(artifact, Checkpoint)):

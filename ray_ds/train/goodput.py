@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass
 from ray_ds import storage
 from ray_ds.logs import log_event
 
+ATTEMPTS = "attempts.jsonl"
+"""The file's name, in the folder of the checkpoints."""
 TYPICAL_STEPS = 50
 """Steps whose median duration is that of a typical step."""
 
@@ -27,6 +29,8 @@ class Attempt:
     step: int
     """Steps done when it began."""
     world_size: int
+    device: str
+    """What its processes computed on: `cpu` or `cuda`."""
 
 
 class Goodput:
@@ -44,6 +48,9 @@ class Goodput:
     What is neither useful nor lost goes into checkpoints, snapshots, validation and skipped steps. The last sign of a
     submission is the newest of the kept record, the live metrics file (run directories on a file system only) and the
     attempt's beginning: without the live file, steps that a submission lost at its very end count as no time at all.
+
+    Times of different attempts are of different nodes' wall clocks, and the driver's for `job_started`. Each restart is
+    counted wrong by as much as they differ, never below zero: milliseconds with NTP, which a cluster needs anyhow.
     """
 
     def __init__(
@@ -55,6 +62,7 @@ class Goodput:
         job_started: float,
         last_sign: float | None,
         world_size: int,
+        device: str,
     ) -> None:
         """Go on, at the beginning of an attempt's first step.
 
@@ -65,12 +73,14 @@ class Goodput:
             job_started: when this submission began, in Unix seconds.
             last_sign: newest time in the live metrics file, before it was cut.
             world_size: processes of this attempt.
+            device: what they compute on.
         """
         signs = [records[-1]["time"]] if records else []
         signs += [attempts[-1].began] if attempts else []
         signs += [last_sign] if last_sign is not None else []
         idle_s = max(0.0, job_started - max(signs)) if signs else 0.0
-        this = Attempt(began=now, idle_s=idle_s, step=int(records[-1]["step"]) if records else 0, world_size=world_size)
+        step = int(records[-1]["step"]) if records else 0
+        this = Attempt(began=now, idle_s=idle_s, step=step, world_size=world_size, device=device)
         self.attempts = (*attempts, this)
         self.restarts = max(len(attempts), int(records[-1]["restarts"]) + 1 if records else 0)
         self._is_warm = self.restarts == 0

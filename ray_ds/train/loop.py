@@ -18,7 +18,7 @@ from ray_ds.train.bad_steps import BadSteps
 from ray_ds.train.best import load_best
 from ray_ds.train.checkpoints import METRICS
 from ray_ds.train.export import export_model
-from ray_ds.train.goodput import Goodput, read_attempts, write_attempts
+from ray_ds.train.goodput import ATTEMPTS, Goodput, read_attempts, write_attempts
 from ray_ds.train.host import Host, Request
 from ray_ds.train.metrics import (
     MetricsLog,
@@ -41,7 +41,6 @@ from ray_ds.train.tracker_kinds import TrackedRun
 from ray_ds.train.trackers import Trackers
 from ray_ds.train.zero.engine import StepResult
 
-ATTEMPTS = "attempts.jsonl"
 PROFILE = "profile"
 
 
@@ -118,6 +117,7 @@ class TrainLoop:
             job_started=self.task.job_started,
             last_sign=self.metrics.last_sign,
             world_size=self.host.world_size,
+            device=self.host.device.type,
         )
         if is_first:
             write_attempts(attempts_file, self.goodput.attempts)

@@ -1,17 +1,15 @@
 """How Ray was started: how soon it finds a dead node, what time a stopped job has, who may use it, who adds nodes."""
 
 import ipaddress
-import json
 import os
 from collections.abc import Mapping
 from typing import Any
 
-import ray
 from pydantic import JsonValue
 from ray._private.authentication.authentication_utils import is_token_auth_enabled
 from ray._private.state import state as ray_state
-from ray._private.worker import global_worker
 
+from ray_ds.on_ray.autoscaler import autoscaler_status, find_autoscaler
 from ray_ds.verify.context import ClusterNode, Context
 from ray_ds.verify.finding import Finding, Problem, judged
 from ray_ds.verify.on_nodes import ask_nodes
@@ -37,8 +35,6 @@ MOST_CUT_OFF_S = 30.0
 STOP_WAIT = "RAY_JOB_STOP_WAIT_TIME_S"
 STOP_WAIT_DEFAULT_S = 3
 STOP_WAIT_GOOD_S = 60
-READONLY_TYPE = "node_"
-"""How Ray's monitor names the type of a node that it only watches: this and the node's id."""
 
 
 def check_settings(context: Context) -> Finding:
@@ -49,7 +45,7 @@ def check_settings(context: Context) -> Finding:
     health = health_settings(ray_state.get_system_config(), environment)
     stop_wait_s = float(os.environ.get(STOP_WAIT, STOP_WAIT_DEFAULT_S))
     mode = "token" if is_token_auth_enabled() else "disabled"
-    autoscaler = find_autoscaler(_autoscaler_status())
+    autoscaler = find_autoscaler(autoscaler_status())
     figures: dict[str, JsonValue] = {
         "dead_node_found_s": dead_s(health),
         "cut_off_node_found_s": cut_off_s(health),
@@ -121,21 +117,3 @@ def is_loopback(address: str) -> bool:
         return ipaddress.ip_address(address).is_loopback
     except ValueError:
         return address == "localhost"
-
-
-def _autoscaler_status() -> Mapping[str, Any]:
-    """Return what Ray's monitor last wrote down; nothing where there is none."""
-    raw = global_worker.gcs_client.internal_kv_get(b"__autoscaling_status", namespace=None)
-    return json.loads(raw) if raw else {}
-
-
-def find_autoscaler(status: Mapping[str, Any]) -> str:
-    """Return `none` where Ray's monitor only watches nodes, the types that it may start, or `unknown`."""
-    report = status.get("autoscaler_report")
-    if not report:
-        return "unknown"
-    types = {str(name) for name in report.get("active_nodes") or {}}
-    ids = {node["NodeID"] for node in ray.nodes()} if ray.is_initialized() else set()
-    if all(name.removeprefix(READONLY_TYPE) in ids for name in types):
-        return "none"
-    return ", ".join(sorted(types))

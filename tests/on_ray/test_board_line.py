@@ -94,3 +94,13 @@ def test_the_line_ends_with_the_board(board: Board) -> None:
     BoardLine(handle, attempt=1, rank=0, world_size=1)
     wait_for(lambda: set(threading.enumerate()) <= before)
     assert handle.num_failed == 1
+
+
+@pytest.mark.parametrize("is_reached", [True, False])
+def test_a_closed_line_calls_ray_no_more(board: Board, is_reached: bool) -> None:
+    handle = Outage(board)
+    handle.error = None if is_reached else unavailable()
+    before = set(threading.enumerate())
+    line = BoardLine(handle, attempt=1, rank=0, world_size=1)
+    line.close()
+    assert set(threading.enumerate()) <= before

@@ -11,7 +11,7 @@ import pytest
 import ray
 from ray.exceptions import TaskUnschedulableError
 
-from ray_ds.errors import ClusterError
+from ray_ds.errors import ClusterError, RetryableError, StorageUnavailable
 from ray_ds.on_ray import preflight
 from ray_ds.on_ray.preflight import check_cluster, check_shared
 
@@ -74,5 +74,32 @@ def test_more_workers_than_the_nodes_hold(tmp_path: Path, workers: int, cpus: in
 def test_a_worker_never_spans_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
     nodes = [{"Alive": True, "Resources": {"CPU": 3.0}}, {"Alive": True, "Resources": {"CPU": 3.0}}]
     monkeypatch.setattr(preflight.ray, "nodes", lambda: [*nodes, {"Alive": False, "Resources": {"CPU": 99.0}}])
+    monkeypatch.setattr(preflight, "nodes_may_come", lambda: False)
     with pytest.raises(ClusterError, match=r"must be at most 2"):
         check_cluster("/unused", num_workers=3, cpus_per_worker=2, gpus_per_worker=0, field="f")
+
+
+@pytest.mark.shows("A job that lacks nodes waits for them where an autoscaler is at work or the run has begun")
+@pytest.mark.parametrize(("has_begun", "has_autoscaler"), [(True, False), (False, True)])
+def test_nodes_that_may_come_are_waited_for(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    has_begun: bool,
+    has_autoscaler: bool,
+) -> None:
+    monkeypatch.setattr(preflight, "nodes_may_come", lambda: has_autoscaler)
+    with caplog.at_level("INFO", logger="ray_ds"):
+        check_cluster(
+            str(tmp_path), num_workers=3, cpus_per_worker=1, gpus_per_worker=0, field="f", has_begun=has_begun
+        )
+    assert "nodes_missing" in caplog.text and "wanted=3" in caplog.text and "fitting=2" in caplog.text
+
+
+def test_a_store_that_does_not_answer_may_be_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(uri: str, data: bytes) -> None:
+        raise StorageUnavailable(uri, "timed out", "submit again")
+
+    monkeypatch.setattr(preflight.storage, "write_bytes", fail)
+    with pytest.raises(RetryableError):
+        check_shared("s3://bucket/runs")

@@ -117,7 +117,7 @@ def test_what_does_not_go_together_is_refused(
 def make_task(
     folder: Path, logits: Artifact, shards: TokenShards, monkeypatch: pytest.MonkeyPatch, **changes: Any
 ) -> Any:
-    monkeypatch.setattr(train_stage, "choose_device", lambda settings, step: "cpu")
+    monkeypatch.setattr(train_stage, "choose_device", lambda settings, step, had: "cpu")
     settings = decode_settings(TrainSettings, {**SMALL, "objective": {"kind": "distill"}, **changes}, where="train")
     run = stage_run(folder, "Checkpoint", shards, name="student")
     run = StageRun(**{**vars(run), "named": {"teacher": logits}})

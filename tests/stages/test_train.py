@@ -21,6 +21,7 @@ from ray_ds.stage_run import StageRun
 from ray_ds.stages import train as stage
 from ray_ds.tokenizer import train_bpe
 from ray_ds.train.checkpoints import find_latest
+from ray_ds.train.goodput import ATTEMPTS, Attempt, write_attempts
 from ray_ds.train.task import TrainResult, TrainTask
 from tests.stages.small_artifacts import book_texts, stage_run
 from tests.train.runs import VOCAB_SIZE, curve, make_settings, make_task, read_records, train_in_processes, write_shards
@@ -278,3 +279,32 @@ def test_job_that_is_told_to_stop_leaves_a_checkpoint_of_its_last_step(local_ray
     whole = make_task(tmp_path, make_settings(**SETTINGS), "whole")
     train_in_processes(whole)
     assert curve(read_records(whole)) == curve(read_records(make_task(tmp_path, make_settings(), run.uri)))
+
+
+def begin(run: StageRun, device: str) -> None:
+    """Leave behind what a group of workers does that began to train."""
+    attempt = Attempt(began=1.0, idle_s=0.0, step=0, world_size=8, device=device)
+    write_attempts(run.work_path(stage.CHECKPOINTS, ATTEMPTS), [attempt])
+
+
+@pytest.mark.shows("A run whose nodes were lost goes on where they come back: it is not refused, nor moved to CPUs")
+def test_a_run_that_has_begun_waits_for_its_lost_nodes(tmp_path: Path) -> None:
+    settings = make_settings(num_workers=64, device="auto", batch_tokens=64 * 64)
+    run = make_run(tmp_path)
+    with pytest.raises(ClusterError, match=r"num_workers \(64\) must be at most"):
+        stage.check_task(stage.make_task(settings, run.input(TokenShards), run), run)
+    begin(run, "cuda")
+    task = stage.make_task(settings, run.input(TokenShards), run)
+    assert task.device == "cuda"
+    stage.check_task(task, run)
+
+
+def test_cpus_are_not_taken_where_an_autoscaler_may_start_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stage, "nodes_may_come", lambda: True)
+    with pytest.raises(
+        ConfigError, match=r"^train.device \(auto\) must be cuda or cpu where .*; add --train.device=cuda"
+    ):
+        stage.choose_device(make_settings(device="auto"), "train", had=None)
+    assert stage.choose_device(make_settings(device="cuda"), "train", had=None) == "cuda"
+    assert stage.choose_device(make_settings(device="cpu"), "train", had="cuda") == "cpu"
+    assert stage.choose_device(make_settings(device="auto"), "train", had="cpu") == "cpu"

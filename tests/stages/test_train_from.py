@@ -32,7 +32,7 @@ def make_run(folder: Path, *, digest: str = "abc", kind: str = "chat", vocab_siz
 
 
 def make_task(run: StageRun, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> Any:
-    monkeypatch.setattr(stage, "choose_device", lambda settings, step: "cpu")
+    monkeypatch.setattr(stage, "choose_device", lambda settings, step, had: "cpu")
     raw = {name: value for name, value in {**SMALL, **changes}.items() if name != "model"}
     settings = decode_settings(TrainSettings, raw, where="train")
     return stage.make_task(settings, run.input(TokenShards), run)

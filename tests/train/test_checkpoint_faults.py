@@ -7,9 +7,7 @@ and the next checkpoint is written and read.
 import errno
 import os
 import random
-import resource
 import signal
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,9 +15,10 @@ from pathlib import Path
 import pytest
 
 from ray_ds import storage
-from ray_ds.errors import ArtifactError, StorageUnavailable
+from ray_ds.errors import ArtifactError, RetryableError, StorageUnavailable
 from ray_ds.train import checkpoints
 from ray_ds.train.checkpoints import CheckpointWriter, tensor_file, writing
+from tests.small_disk import SmallDisk
 from tests.train.object_store import ObjectStore, use_object_store
 from tests.train.states import assert_readable, make_parts, make_writers, metrics_of, start, write
 
@@ -229,35 +228,6 @@ def test_a_listing_that_lags_hides_no_checkpoint(monkeypatch: pytest.MonkeyPatch
 # ------------------------------------------------------------------------------------------------------------ full disk
 
 
-class SmallDisk:
-    """A disk whose free space the test sets; for who may not mount one, a limit on the size of each file instead."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        folder.mkdir()
-        done = subprocess.run(["sh", "-c", 'mount -t tmpfs tmpfs "$0"', str(folder)], capture_output=True)
-        self.is_mounted = done.returncode == 0
-        self._limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-        self._handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-
-    def leave(self, num_bytes: int | None) -> None:
-        """Leave so many bytes free; None = plenty."""
-        if self.is_mounted:
-            used = os.statvfs(self.folder)
-            taken = (used.f_blocks - used.f_bfree) * used.f_frsize
-            size = 1 << 28 if num_bytes is None else taken + num_bytes
-            subprocess.run(["mount", "-o", f"remount,size={size}", str(self.folder)], check=True)
-        else:
-            soft = self._limits[0] if num_bytes is None else num_bytes // 16
-            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, self._limits[1]))
-
-    def close(self) -> None:
-        self.leave(None)
-        signal.signal(signal.SIGXFSZ, self._handler)
-        if self.is_mounted:
-            subprocess.run(["umount", str(self.folder)], check=True)
-
-
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[SmallDisk]:
     disk = SmallDisk(tmp_path / "disk")
@@ -276,6 +246,8 @@ def try_to_write(writers: list[CheckpointWriter], step: int, *, timeout_s: float
             writer.wait(30)
         except ArtifactError as error:
             assert "must be written; make room or mend the storage" in str(error), error
+        except RetryableError as error:  # of a rank that nobody could tell why
+            assert "missing after" in str(error), error
         said.append(writer.state == "idle")
     return said
 
@@ -400,3 +372,50 @@ def refuse(store: ObjectStore, *, first: int, count: int) -> None:
 
 def accept(store: ObjectStore) -> None:
     store.refuses = lambda number, verb, key: False
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(
+    ("failure", "kind", "advice"),
+    [
+        (StorageUnavailable("s3://bucket/run", "timed out", "submit again"), RetryableError, "submit again to go on"),
+        (OSError(errno.ENOSPC, "No space left on device"), ArtifactError, "make room or mend the storage"),
+    ],
+    ids=["no answer", "full"],
+)
+def test_every_rank_says_whether_storage_must_be_mended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: int, failure: Exception, kind: type[Exception], advice: str
+) -> None:
+    write_tensors = writing.write_tensors
+
+    def fail(folder: str, path: str, *args: object) -> object:
+        if f"rank-{rank:05d}" in path:
+            raise failure
+        return write_tensors(folder, path, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(writing, "write_tensors", fail)
+    writers = make_writers(tmp_path, 2)
+    start(writers, NEW)
+    for writer in writers:
+        with pytest.raises(kind, match=advice):
+            writer.wait(30)
+
+
+def test_a_store_that_breaks_off_in_the_middle_of_a_file_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stream:
+        def __enter__(self) -> "Stream":
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            """As pyarrow's."""
+
+        def write(self, _: object) -> None:
+            raise OSError("When uploading part: AWS Error NETWORK_CONNECTION: curlCode: 56")
+
+    class System:
+        def open_output_stream(self, *_: object, **__: object) -> Stream:
+            return Stream()
+
+    monkeypatch.setattr(tensor_file.storage, "filesystem", lambda uri: (System(), uri))
+    with pytest.raises(StorageUnavailable, match=r"^s3://bucket/run/a.safetensors \(no answer: .*NETWORK_CONNECTION"):
+        tensor_file.write_tensors("s3://bucket/run", "a.safetensors", {})

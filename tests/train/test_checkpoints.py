@@ -10,7 +10,7 @@ import pytest
 from safetensors.torch import load_file
 
 from ray_ds import storage
-from ray_ds.errors import ArtifactError, StorageUnavailable
+from ray_ds.errors import ArtifactError, RetryableError, StorageUnavailable
 from ray_ds.train import checkpoints
 from ray_ds.train.checkpoints import folders, writing
 from tests.train.object_store import use_object_store
@@ -333,7 +333,7 @@ def test_a_rank_that_does_not_write_is_waited_for_and_named(tmp_path: Path) -> N
     for writer, part in zip(writers[:2], parts, strict=False):
         writer.start(part, attempt="first", metrics="", validation_loss=None)
     for writer in writers[:2]:
-        with pytest.raises(ArtifactError, match=r"\(the parts of ranks 2 missing after 0.3 s\) must be written"):
+        with pytest.raises(RetryableError, match=r"\(the parts of ranks 2 missing after 0.3 s\) must be written"):
             writer.wait(30)
     assert not list(tmp_path.rglob("*.safetensors"))
     assert find_step(tmp_path) is None
@@ -343,7 +343,7 @@ def test_a_checkpoint_is_abandoned_when_the_loop_knows_better(tmp_path: Path) ->
     writers = make_writers(tmp_path, 2)
     writers[0].start(make_parts(10, 2)[0], attempt="first", metrics="", validation_loss=None)
     writers[0].abandon("rank 1 has failed")
-    with pytest.raises(ArtifactError, match=r"\(rank 1 has failed\) must be written"):
+    with pytest.raises(RetryableError, match=r"\(rank 1 has failed\) must be written"):
         writers[0].wait(30)
 
 

@@ -21,7 +21,7 @@ class Run:
         """Begin an attempt that goes on from the first `kept` records."""
         self.records = self.records[:kept]
         state: dict[str, Any] = {"now": self.clock, "job_started": self.job_started, "last_sign": last_sign}
-        self.goodput = Goodput(self.records, self.attempts, world_size=2, **state)
+        self.goodput = Goodput(self.records, self.attempts, world_size=2, device="cpu", **state)
         self.attempts = self.goodput.attempts
 
     def steps(self, count: int, seconds: float = 1.0, pause_s: float = 0.0, is_skipped: bool = False) -> None:
@@ -184,8 +184,8 @@ def test_the_account_goes_on_without_the_file_of_attempts() -> None:
 
 
 def test_attempts_come_back_from_their_file(tmp_path: Path) -> None:
-    attempts = [Attempt(began=0.1 + 0.2, idle_s=0.0, step=0, world_size=4)]
-    attempts.append(Attempt(began=9.5, idle_s=3.25, step=7, world_size=3))
+    attempts = [Attempt(began=0.1 + 0.2, idle_s=0.0, step=0, world_size=4, device="cpu")]
+    attempts.append(Attempt(began=9.5, idle_s=3.25, step=7, world_size=3, device="cuda"))
     file = str(tmp_path / "work" / "attempts.jsonl")
     assert read_attempts(file) == []
     write_attempts(file, attempts)

@@ -2,15 +2,12 @@
 
 from pathlib import Path
 
-import pytest
-
 from ray_ds.verify.context import ClusterNode
 from ray_ds.verify.node_settings import (
     HEALTH_DEFAULTS,
     HEALTH_GOOD,
     cut_off_s,
     dead_s,
-    find_autoscaler,
     health_settings,
     judge_access,
     judge_health,
@@ -52,17 +49,3 @@ def test_a_cluster_that_anyone_may_use_is_a_problem() -> None:
     (problem,) = judge_access("disabled", NODES)
     assert "10.0.0.7" in problem.wrong and "127.0.0.1" not in problem.wrong and "RAY_AUTH_MODE=token" in problem.action
     assert judge_access("token", NODES) == [] and judge_access("disabled", NODES[1:]) == []
-
-
-@pytest.mark.parametrize(
-    ("status", "found"),
-    [
-        ({}, "unknown"),
-        ({"autoscaler_report": {"active_nodes": {"node_" + "a" * 56: 1}}}, "none"),
-        ({"autoscaler_report": {"active_nodes": {"cpu-worker": 2, "head": 1}}}, "cpu-worker, head"),
-    ],
-)
-def test_who_adds_nodes_is_told(status: dict[str, object], found: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ray.is_initialized", lambda: True)
-    monkeypatch.setattr("ray.nodes", lambda: [{"NodeID": node.node_id} for node in NODES])
-    assert find_autoscaler(status) == found

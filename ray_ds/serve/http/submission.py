@@ -31,7 +31,7 @@ class Submission:
         """Hand the requests, which the caller's limits have admitted, to the engine.
 
         Raises:
-            ApiError: 400, a prompt does not fit or the safety filter refuses it; 429, the engine has no room; 503, it has stopped.
+            ApiError: 400, a prompt does not fit or is refused; 429, the engine has no room; 503, it has stopped.
         """
         self._caller = caller
         self._engine = service.engine
