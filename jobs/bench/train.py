@@ -147,7 +147,7 @@ def run_ours(folder: Path, settings: TrainSettings, options: argparse.Namespace)
                 device=settings.device,
             )
             started = time.monotonic()
-            train_on_ray(task, work=f"{run}/work/ray_train", on_report=lambda _: None)
+            train_on_ray(task, work=f"{run}/work", on_report=lambda _: None)
             seconds = time.monotonic() - started
             records = decode((Path(run) / "metrics.jsonl").read_text())
             if options.profile:

@@ -110,7 +110,7 @@ def plan_files(job: TeacherJob) -> list[RowRange]:
     seq_len = job.settings.seq_len
     ranges: list[RowRange] = []
     for split in SPLITS:
-        rows = open_rows(open_split(job.shards, split), job.rows, seq_len)
+        rows = open_rows(open_split(job.shards, split, job.settings.shard_cache_bytes), job.rows, seq_len)
         check_any_row(rows, storage.join(job.shards, split), seq_len)
         ranges += plan_ranges(split, rows.shard_rows, max(1, job.settings.unit_tokens // seq_len))
     return ranges

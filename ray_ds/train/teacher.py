@@ -45,7 +45,8 @@ def store_range(part: RowRange, publish: Publish, job: TeacherJob) -> dict[str, 
     """
     settings, device = job.settings, torch.device(job.device)
     teacher = load_checkpoint(job.checkpoint, DTYPES[settings.precision], device)
-    rows = open_rows(open_split(job.shards, part.split), job.rows, settings.seq_len)
+    split = open_split(job.shards, part.split, settings.shard_cache_bytes)
+    rows = open_rows(split, job.rows, settings.seq_len)
     found = []
     for first in range(part.first, part.stop, settings.micro_batch):
         numbers = np.arange(first, min(first + settings.micro_batch, part.stop))

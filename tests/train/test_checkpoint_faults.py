@@ -19,7 +19,7 @@ import pytest
 from ray_ds import storage
 from ray_ds.errors import ArtifactError, StorageUnavailable
 from ray_ds.train import checkpoints
-from ray_ds.train.checkpoints import CheckpointWriter, tensor_file, writing
+from ray_ds.train.checkpoints import CheckpointWriter, rank_writing, tensor_file
 from tests.train.object_store import ObjectStore, use_object_store
 from tests.train.states import assert_readable, make_parts, make_writers, metrics_of, start, write
 
@@ -289,7 +289,7 @@ def newest(root: str | Path) -> int:
 @pytest.fixture
 def little_patience(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let ranks whom nobody could tell of a failure give up soon."""
-    monkeypatch.setattr(writing, "PATIENCE_S", 0.5)
+    monkeypatch.setattr(rank_writing, "PATIENCE_S", 0.5)
 
 
 @pytest.mark.shows("A full disk fails a checkpoint, not the training, and the next one is tried with its space freed")
