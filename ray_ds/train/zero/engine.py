@@ -34,7 +34,8 @@ class StepResult:
 
     norm: Arrival
     is_skipped: bool
-    """The gradient was no number and the weights are as before; in fp16 the loss scale is halved.
+    """The gradient was no number and the weights are as before; in fp16 the loss scale is halved,
+    save for the first such step since it last grew.
 
     Where `bad_loss` is `fail` an update in bf16 does not wait for that and this is false: the gradient has spoilt the
     weights, and `grad_norm`, no number either, is how the caller knows that it must not keep them.

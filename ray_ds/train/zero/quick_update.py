@@ -30,7 +30,7 @@ def use_quick_update(optimizer: Any, *, waits: bool) -> bool:
 
     def norm_of(gradients: Iterable[Tensor], params: Any, norm_type: int = 2) -> Tensor:
         """Return the norm of all processes' gradients of a group."""
-        return group_norm(gradients, optimizer.dp_process_group, optimizer.device)
+        return group_norm(gradients, optimizer.dp_process_group, torch.device(optimizer.device))
 
     def leave_it_to_the_norm(partition_gradients: bool = True) -> None:
         """Scan nothing."""
