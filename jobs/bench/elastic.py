@@ -126,7 +126,7 @@ class Training:
         self._thread.start()
 
     def _run(self, task: TrainTask, folder: Path) -> None:
-        work = str(folder / "work" / "ray_train")
+        work = str(folder / "work")
         try:
             train_on_ray(task, work=work, on_report=self.records.append, stop=self._stop)
         except TrainingStopped:

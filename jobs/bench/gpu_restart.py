@@ -149,7 +149,7 @@ def measure(task: TrainTask, folder: Path, options: argparse.Namespace) -> dict[
             try:
                 train_on_ray(
                     task,
-                    work=str(folder / "run" / "work" / "ray_train"),
+                    work=str(folder / "run" / "work"),
                     on_report=records.append,
                     stop=stop,
                     loop=train_telling,

@@ -25,7 +25,8 @@ os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # read when ray is imported;
 import torch
 from torch import Tensor, nn
 
-from jobs.bench.train import bare_loop, run_ours, run_peer, time_plain_loop, write_synthetic_shards
+from jobs.bench.train import run_ours, write_synthetic_shards
+from jobs.bench.train_peers import bare_loop, run_peer, time_plain_loop
 from ray_ds.config.model import ModelConfig
 from ray_ds.config.model_size import flops_per_token, num_active_parameters, num_parameters
 from ray_ds.config.settings import decode_settings

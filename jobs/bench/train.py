@@ -1,13 +1,15 @@
-"""Measure training as the train stage runs it, beside the same engine and the same model in bare loops.
+"""Measure training as the train stage runs it, beside bare scripts that leave out more and more of it.
 
     python -m jobs.bench.train --model dense_350m --zero-stages 1 2 --compile
     python -m jobs.bench.train --model demo --batch-rows 16 --micro-batch 16 --seq-len 256 --vocab-size 4096
 
-Three rows for each precision and ZeRO stage, all in one run, all of the same model with the same numerics:
+Four rows for each precision and ZeRO stage, all in one run, all of the same model with the same numerics; the peers'
+rows lie ready on the device (`jobs/bench/train_peers.py`):
 
-    ours             the stage's worker under Ray Train: our loop, reading shards, logging, checkpoints, snapshots
-    bare DeepSpeed   the same DeepSpeed engine in ten lines, its rows ready on the device
-    bare loop        no DeepSpeed either: bf16 weights, fp32 masters, torch's fused AdamW (bf16 only)
+    ours              the stage's worker under Ray Train: our loop, reading shards, logging, checkpoints, snapshots
+    bare engine       our engine, DeepSpeed with a quicker look at the gradient: what Ray Train and our loop cost
+    stock deepspeed   DeepSpeed as it is, with the same configuration and optimizer
+    bare loop         no DeepSpeed either: bf16 weights, fp32 masters, torch's fused AdamW (bf16 only)
 
 It starts a Ray of its own with one worker: NCCL refuses two on one GPU. The text is made up (tokens by Zipf's law),
 which costs the same as real text in a dense model; the loss goes down to the entropy of single tokens.
@@ -16,13 +18,12 @@ which costs the same as real text in a dense model; the loss goes down to the en
 import argparse
 import itertools
 import json
-import math
 import os
 import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,21 +32,15 @@ os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # read when ray is imported;
 import numpy as np
 import ray
 import torch
-import torch.multiprocessing as multiprocessing
-from torch import Tensor
 
-from ray_ds.config.model_size import flops_per_token, num_parameters
+from jobs.bench.train_peers import PEERS, WARM_UP, peers_of, run_peer
+from ray_ds.config.model_size import num_parameters
 from ray_ds.config.settings import decode_settings
 from ray_ds.config.train import TrainSettings
 from ray_ds.data.shard_file import token_dtype, write_shard
-from ray_ds.model.decoder import Decoder
-from ray_ds.model.initial import init_weights
 from ray_ds.on_ray.trainer import train_on_ray
-from ray_ds.train.metrics import decode, peak_flops
+from ray_ds.train.metrics import decode
 from ray_ds.train.task import TrainTask
-
-WARM_UP = 0.4
-"""Part of the steps that is left out of the figures: compilation, and fp16 finding its loss scale."""
 
 
 def main() -> None:
@@ -60,9 +55,7 @@ def main() -> None:
             settings = make_settings(options, precision, stage, device)
             row = {"precision": precision, "zero_stage": stage, **run_ours(Path(folder), settings, options)}
             print(format_row(row), flush=True)
-            peers: list[Bare] = [] if options.no_peers else [bare_deepspeed]
-            peers += [bare_loop] if peers and precision == "bf16" else []
-            for peer in peers:
+            for peer in () if options.no_peers else peers_of(precision):
                 row |= run_peer(peer, settings, options)
                 print(format_peer(row, peer.__name__), flush=True)
             rows.append(row)
@@ -70,7 +63,8 @@ def main() -> None:
     config = settings.model.resolve(options.vocab_size, options.seq_len)
     name = torch.cuda.get_device_name() if device == "cuda" else f"{device}, {options.threads} threads"
     inputs = {**vars(options), "device": name, "torch": torch.__version__, "parameters": num_parameters(config)}
-    peers = [{key: value for key, value in row.items() if "bare" in key or "over" in key} for row in rows]
+    names = [f"{peer.__name__}_tokens_per_s" for peer in PEERS]
+    peers = [{key: row[key] for key in names if key in row} for row in rows]
     print(json.dumps({"name": "train", "inputs": inputs, "figures": rows, "peers": peers}))
 
 
@@ -88,9 +82,9 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--zero-stages", nargs="+", type=int, default=[1, 2, 3], choices=[0, 1, 2, 3])
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--snapshot-every", type=int, default=0, help="steps; default: none, as the bare loops")
+    parser.add_argument("--snapshot-every", type=int, default=0, help="steps; default: none, as the peers")
     parser.add_argument("--checkpoint-every", type=int, help="steps; default: only at the end")
-    parser.add_argument("--no-peers", action="store_true", help="leave the bare loops out")
+    parser.add_argument("--no-peers", action="store_true", help="leave the bare scripts out")
     parser.add_argument("--profile", metavar="FOLDER", help="keep a profile of two steps there")
     parser.add_argument("--verbose", action="store_true", help="show the worker's output")
     return parser.parse_args()
@@ -147,7 +141,7 @@ def run_ours(folder: Path, settings: TrainSettings, options: argparse.Namespace)
                 device=settings.device,
             )
             started = time.monotonic()
-            train_on_ray(task, work=f"{run}/work/ray_train", on_report=lambda _: None)
+            train_on_ray(task, work=f"{run}/work", on_report=lambda _: None)
             seconds = time.monotonic() - started
             records = decode((Path(run) / "metrics.jsonl").read_text())
             if options.profile:
@@ -195,146 +189,6 @@ def format_peer(row: Mapping[str, Any], name: str) -> str:
     """Return a line of the table."""
     peer = row[f"{name}_tokens_per_s"]
     return f"    {name.replace('_', ' '):16} {peer:10,.0f} tokens/s  ours is {row['tokens_per_s'] / peer:.1%}"
-
-
-Bare = Callable[[TrainSettings, argparse.Namespace], float]
-
-
-def run_peer(peer: Bare, settings: TrainSettings, options: argparse.Namespace) -> dict[str, float]:
-    """Return a peer's tokens/s, measured in a process of its own that leaves no memory behind."""
-    context = multiprocessing.get_context("spawn")
-    results = context.SimpleQueue()
-    process = context.Process(target=_run_peer, args=(peer, settings, options, results))
-    process.start()
-    figure: float = results.get()
-    process.kill()  # NCCL may hang at the end of a process
-    process.join()
-    return {f"{peer.__name__}_tokens_per_s": figure}
-
-
-def _run_peer(peer: Bare, settings: TrainSettings, options: argparse.Namespace, results: Any) -> None:
-    torch.set_num_threads(options.threads)
-    try:
-        results.put(peer(settings, options))
-    except BaseException:
-        results.put(math.nan)
-        raise
-
-
-def rows_of_step(settings: TrainSettings, options: argparse.Namespace) -> list[tuple[Tensor, Tensor]]:
-    """Return a step's micro-batches, ready on the device."""
-    generator = torch.Generator().manual_seed(0)
-    made = []
-    for _ in range(settings.num_micro_batches):
-        rows = torch.randint(options.vocab_size, (settings.micro_batch, settings.seq_len + 1), generator=generator)
-        made.append((rows[:, :-1].to(settings.device), rows[:, 1:].to(settings.device)))
-    return made
-
-
-def new_decoder(settings: TrainSettings, options: argparse.Namespace) -> Decoder:
-    """Return the model with its first weights, on the device."""
-    decoder = Decoder(settings.model.resolve(options.vocab_size, options.seq_len))
-    init_weights(decoder, 0)
-    return decoder.to(settings.device)
-
-
-def time_steps(step: Callable[[], None], settings: TrainSettings, options: argparse.Namespace) -> float:
-    """Return the tokens/s of the later steps, which need not wait for each other."""
-    warm_up = int(options.steps * WARM_UP)
-    for number in range(options.steps):
-        if number == warm_up:
-            _synchronize(settings.device)
-            started = time.perf_counter()
-        step()
-    _synchronize(settings.device)
-    return settings.batch_tokens * (options.steps - warm_up) / (time.perf_counter() - started)
-
-
-def _synchronize(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
-def bare_deepspeed(settings: TrainSettings, options: argparse.Namespace) -> float:
-    """Return tokens/s of the same DeepSpeed engine, with the same configuration and optimizer, in a bare script."""
-    import deepspeed
-
-    from ray_ds.train.zero.build import use_built_op
-    from ray_ds.train.zero.config import deepspeed_config
-    from ray_ds.train.zero.optimizer import make_optimizer
-
-    backend = "nccl" if settings.device == "cuda" else "gloo"
-    with tempfile.NamedTemporaryFile() as store:
-        torch.distributed.init_process_group(backend, init_method=f"file://{store.name}", rank=0, world_size=1)
-        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-        use_built_op()
-        decoder = new_decoder(settings, options)
-        optimizer = make_optimizer(decoder.named_parameters(), settings.optimizer, is_cuda=settings.device == "cuda")
-        deepspeed.init_distributed(dist_init_required=False)
-        engine, *_ = deepspeed.initialize(
-            model=decoder, optimizer=optimizer, config=deepspeed_config(settings, 1), dist_init_required=False
-        )
-        if options.compile:
-            engine.compile()
-        rows = rows_of_step(settings, options)
-
-        def step() -> None:
-            for tokens, targets in rows:
-                engine.backward(engine(tokens, targets) / settings.batch_tokens, scale_wrt_gas=False)
-                engine.step()
-
-        return time_steps(step, settings, options)
-
-
-def time_plain_loop(
-    model: torch.nn.Module,
-    loss_of: Callable[[Tensor, Tensor], Tensor],
-    settings: TrainSettings,
-    options: argparse.Namespace,
-) -> float:
-    """Return tokens/s of a model trained in bf16 with fp32 masters and torch's AdamW, in as few kernels as torch has.
-
-    Faster than autocast, in which what is not a product runs in fp32.
-
-    Args:
-        loss_of: from tokens and targets to the model's summed loss; compiled if the options say so.
-    """
-    weights = list(model.parameters())
-    masters = [weight.detach().clone() for weight in weights]
-    for weight in weights:
-        weight.data = weight.data.bfloat16()
-    forward = torch.compile(loss_of) if options.compile else loss_of
-    optimizer = torch.optim.AdamW(masters, lr=options.lr, fused=settings.device == "cuda")
-    rows = rows_of_step(settings, options)
-
-    def step() -> None:
-        for tokens, targets in rows:
-            (forward(tokens, targets) / settings.batch_tokens).backward()
-        update()
-
-    @torch.no_grad()
-    def update() -> None:
-        wide = [torch.empty_like(master) for master in masters]
-        torch._foreach_copy_(wide, [weight.grad for weight in weights])
-        for master, gradient, weight in zip(masters, wide, weights, strict=True):
-            master.grad, weight.grad = gradient, None
-        torch.nn.utils.clip_grad_norm_(masters, settings.gradient_clipping)
-        optimizer.step()
-        torch._foreach_copy_(weights, masters)
-
-    return time_steps(step, settings, options)
-
-
-def bare_loop(settings: TrainSettings, options: argparse.Namespace) -> float:
-    """Return tokens/s of the same model with fp32 masters and torch's AdamW: no Ray, no DeepSpeed."""
-    decoder = new_decoder(settings, options)
-    tokens_per_s = time_plain_loop(decoder, decoder, settings, options)
-    peak = peak_flops(torch.device(settings.device), torch.bfloat16)
-    if peak:
-        config = settings.model.resolve(options.vocab_size, options.seq_len)
-        work = tokens_per_s * flops_per_token(config, options.seq_len)
-        print(f"bare loop: {tokens_per_s:,.0f} tokens/s, {work / peak:.1%} MFU", flush=True)
-    return tokens_per_s
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 import pydantic
 
 from ray_ds.config.settings import OUTPUT_UNCHANGED, settings
+from ray_ds.config.train import SHARD_CACHE_BYTES
 
 
 @settings
@@ -24,6 +25,8 @@ class ReferenceLogProbsSettings:
     """Tokens in a file, about; the task that makes it loads the reference."""
     micro_batch: Annotated[pydantic.PositiveInt, OUTPUT_UNCHANGED] = 8
     """Rows that a task sends through the reference at once."""
+    shard_cache_bytes: Annotated[pydantic.PositiveInt, OUTPUT_UNCHANGED] = SHARD_CACHE_BYTES
+    """Bytes that shards from an object store may take on a node's disk, of all runs together."""
     device: Annotated[Literal["auto", "cpu", "cuda"], OUTPUT_UNCHANGED] = "auto"
     """What tasks compute on; auto = cuda where the cluster has GPUs, one for each task."""
     max_running_units: Annotated[pydantic.PositiveInt | None, OUTPUT_UNCHANGED] = None

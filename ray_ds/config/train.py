@@ -25,6 +25,7 @@ PREDICTION_WEIGHT = 0.3
 VALIDATION_TOKENS = 65536
 GROW_PAUSE_S = 30.0
 MAX_BAD_STEPS = 10
+SHARD_CACHE_BYTES = 64 << 30
 
 
 @settings
@@ -91,11 +92,11 @@ class TrainSettings:
     """How many times the median of the last 32 losses a loss must be to count as a spike; absent = never."""
     max_bad_steps: NonNegativeInt | None = None
     """Bad steps that are skipped or rolled back before the job fails, where `bad_loss` is not `fail`; absent = 10."""
-    seed: NonNegativeInt = 0
-    """Of the weights at the start and of the order of the rows."""
+    seed: Annotated[int, pydantic.Field(ge=0, lt=1 << 63)] = 0
+    """Of the weights at the start and of the order of the rows, below 2 ** 63."""
     window_shards: PositiveInt = 4
     """Shards whose rows are mixed: as many as a node should have at hand at a time."""
-    shard_cache_bytes: Annotated[PositiveInt, OUTPUT_UNCHANGED] = 64 << 30
+    shard_cache_bytes: Annotated[PositiveInt, OUTPUT_UNCHANGED] = SHARD_CACHE_BYTES
     """Bytes that shards from an object store may take on a node's disk, of all runs together; at least two windows."""
     checkpoint_every: Annotated[
         PositiveInt, OutputUnchangedUnless("bad_loss", "roll_back"), OutputUnchangedUnless("keep_best", True)

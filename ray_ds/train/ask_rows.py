@@ -43,6 +43,10 @@ class RowSettings(Protocol):
     def micro_batch(self) -> int:
         """Rows that are sent through the model at once."""
 
+    @property
+    def shard_cache_bytes(self) -> int:
+        """Bytes that shards from an object store may take on a node's disk."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RowJob:
@@ -68,7 +72,7 @@ def plan_files(job: RowJob) -> list[RowRange]:
     seq_len = job.settings.seq_len
     ranges: list[RowRange] = []
     for split in SPLITS:
-        rows = open_rows(open_split(job.shards, split), job.rows, seq_len)
+        rows = open_rows(open_split(job.shards, split, job.settings.shard_cache_bytes), job.rows, seq_len)
         check_any_row(rows, storage.join(job.shards, split), seq_len)
         ranges += plan_ranges(split, rows.shard_rows, max(1, job.settings.unit_tokens // seq_len))
     return ranges
@@ -82,7 +86,7 @@ def store_range(part: RowRange, publish: Publish, job: RowJob) -> dict[str, Json
     """
     settings, device = job.settings, torch.device(job.device)
     model = load_checkpoint(job.checkpoint, DTYPES[settings.precision], device)
-    rows = open_rows(open_split(job.shards, part.split), job.rows, settings.seq_len)
+    rows = open_rows(open_split(job.shards, part.split, settings.shard_cache_bytes), job.rows, settings.seq_len)
     said = []
     for first in range(part.first, part.stop, settings.micro_batch):
         numbers = np.arange(first, min(first + settings.micro_batch, part.stop))

@@ -62,5 +62,8 @@ def seed_micro_batch(seed: int, cursor: int, index: int) -> None:
     """Make the random numbers of a micro-batch depend on its place in the data alone, not on who computes it when.
 
     So no state of a generator has to be kept: it follows from the cursor.
+
+    Args:
+        seed: not negative, of any size: it counts modulo 2 ** 64, as torch takes it.
     """
-    torch.manual_seed((seed * 1_000_003 + cursor) * 65_537 + index)
+    torch.manual_seed(((seed * 1_000_003 + cursor) * 65_537 + index) % 2**64)

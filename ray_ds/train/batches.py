@@ -31,11 +31,9 @@ READ_AHEAD = 2
 """Micro-batches that are ready before they are asked for."""
 WINDOWS_AHEAD = 2
 """Windows of shards that are fetched from an object store behind the one in use."""
-SHARD_CACHE_BYTES = 64 << 30
-"""What the shards of an object store may take on a node's disk."""
 
 
-def open_split(shards: str, split: Split, cache_bytes: int = SHARD_CACHE_BYTES) -> TokenSplit:
+def open_split(shards: str, split: Split, cache_bytes: int) -> TokenSplit:
     """Open a split of token shards; those on an object store go through a folder that all runs on this node share."""
     if not storage.is_remote(shards):
         return TokenSplit.open(shards, split)

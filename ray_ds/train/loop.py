@@ -51,7 +51,7 @@ def train(task: TrainTask, host: Host) -> TrainResult | Stopped:
         FloatingPointError: a step was bad, and the settings give up then.
         ArtifactError: shards or checkpoints are damaged.
     """
-    with closing(TrainLoop(task, host)) as loop:
+    with closing(Trainer(task, host)) as loop:
         loop.resume()
         while loop.step < task.settings.num_steps:
             request = loop.run_step()
@@ -68,7 +68,7 @@ def _is_due(every: int, done: int, is_last: bool) -> bool:
     return every > 0 and (is_last or done % every == 0)
 
 
-class TrainLoop:
+class Trainer:
     """What a training process holds between steps: the number of steps done and the number of the next batch."""
 
     def __init__(self, task: TrainTask, host: Host) -> None:

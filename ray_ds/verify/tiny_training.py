@@ -127,9 +127,8 @@ def _train(
         shown.append(record)
         on_record(record)
 
-    work = run.work_path("ray_train")
     try:
-        train_on_ray(task, work=work, on_report=show, on_event=events.append, stop=stop, loop=loop)
+        train_on_ray(task, work=run.work_path(), on_report=show, on_event=events.append, stop=stop, loop=loop)
         records = decode(storage.read_bytes(run.path(METRICS)).decode())
     except TrainingStopped as error:
         stopped_at, records = error.step or 0, shown

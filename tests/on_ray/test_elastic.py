@@ -2,8 +2,6 @@
 
 import inspect
 import os
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -101,16 +99,6 @@ def test_contract_of_names_and_fields() -> None:
     assert "self.worker_group_cls.create(" in controller and "on_controller_start_worker_group(" in controller, message
     for name in elastic.CONTROLLER_ENV:
         assert name in inspect.getsource(ray.train.v2._internal.constants) or name.startswith("RAY_WARN"), message
-
-
-@pytest.mark.shows("Training with `scaling = stock` needs no private part of Ray Train")
-def test_what_leans_on_ray_is_not_imported_for_stock_scaling() -> None:
-    code = (
-        "import sys, ray_ds.on_ray.trainer; print([name for name in sys.modules if name.startswith('ray_ds.on_ray')])"
-    )
-    found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
-    assert "ray_ds.on_ray.trainer" in found
-    assert not [name for name in ("elastic", "failures", "spares") if f"ray_ds.on_ray.{name}'" in found]
 
 
 class Cluster:

@@ -30,7 +30,7 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def split(tmp_path: Path) -> TokenSplit:
     write_shards(tmp_path)
-    return open_split(str(tmp_path), "train")
+    return open_split(str(tmp_path), "train", make_settings().shard_cache_bytes)
 
 
 @pytest.fixture
@@ -155,7 +155,7 @@ def test_an_error_in_the_reader_comes_to_the_loop(split: TokenSplit, monkeypatch
 @pytest.mark.parametrize("world_size", [1, 3, 4])
 def test_validation_reads_each_row_once_and_gives_ranks_as_many_micro_batches(tmp_path: Path, world_size: int) -> None:
     write_shards(tmp_path)
-    split = open_split(str(tmp_path), "validation")
+    split = open_split(str(tmp_path), "validation", make_settings().shard_cache_bytes)
     settings = make_settings(validate_every=1, validation_tokens=10**6)
     options = {"world_size": world_size, "device": CPU}
     ranks = [list(validation_batches(rows_of(split), settings, rank=rank, **options)) for rank in range(world_size)]

@@ -17,7 +17,7 @@ import pytest
 from ray_ds import storage
 from ray_ds.errors import ArtifactError, RetryableError, StorageUnavailable
 from ray_ds.train import checkpoints
-from ray_ds.train.checkpoints import CheckpointWriter, tensor_file, writing
+from ray_ds.train.checkpoints import CheckpointWriter, rank_writing, tensor_file
 from tests.small_disk import SmallDisk
 from tests.train.object_store import ObjectStore, use_object_store
 from tests.train.states import assert_readable, make_parts, make_writers, metrics_of, start, write
@@ -261,7 +261,7 @@ def newest(root: str | Path) -> int:
 @pytest.fixture
 def little_patience(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let ranks whom nobody could tell of a failure give up soon."""
-    monkeypatch.setattr(writing, "PATIENCE_S", 0.5)
+    monkeypatch.setattr(rank_writing, "PATIENCE_S", 0.5)
 
 
 @pytest.mark.shows("A full disk fails a checkpoint, not the training, and the next one is tried with its space freed")
@@ -386,14 +386,14 @@ def accept(store: ObjectStore) -> None:
 def test_every_rank_says_whether_storage_must_be_mended(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: int, failure: Exception, kind: type[Exception], advice: str
 ) -> None:
-    write_tensors = writing.write_tensors
+    write_tensors = rank_writing.write_tensors
 
     def fail(folder: str, path: str, *args: object) -> object:
         if f"rank-{rank:05d}" in path:
             raise failure
         return write_tensors(folder, path, *args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(writing, "write_tensors", fail)
+    monkeypatch.setattr(rank_writing, "write_tensors", fail)
     writers = make_writers(tmp_path, 2)
     start(writers, NEW)
     for writer in writers:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from ray_ds import storage
 from ray_ds.errors import ArtifactError, RetryableError, StorageUnavailable
 from ray_ds.train import checkpoints
-from ray_ds.train.checkpoints import folders, writing
+from ray_ds.train.checkpoints import folders, rank_writing
 from tests.train.object_store import use_object_store
 from tests.train.states import assert_readable, make_parts, make_writers, metrics_of, start, write
 
@@ -103,7 +103,7 @@ def test_a_best_checkpoint_that_is_damaged_is_never_silently_passed_over(tmp_pat
 
 
 def test_files_are_plain_safetensors_and_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writing, "FILE_BYTES", 100)
+    monkeypatch.setattr(rank_writing, "FILE_BYTES", 100)
     write(make_writers(tmp_path, 2), 10)
     folder = tmp_path / "step-00000010"
     content = json.loads((folder / "COMMITTED.json").read_text())["content"]
@@ -265,13 +265,13 @@ def test_the_reader_names_the_damaged_file(tmp_path: Path) -> None:
 
 def test_start_returns_while_storage_is_slow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     goes_on = threading.Event()
-    original = writing.write_tensors
+    original = rank_writing.write_tensors
 
     def slow(*arguments: object) -> object:
         assert goes_on.wait(30)
         return original(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(writing, "write_tensors", slow)
+    monkeypatch.setattr(rank_writing, "write_tensors", slow)
     writers = make_writers(tmp_path, 2)
     start(writers, 10)
     assert [writer.state for writer in writers] == ["writing", "writing"]
@@ -287,7 +287,7 @@ def test_start_returns_while_storage_is_slow(tmp_path: Path, monkeypatch: pytest
 
 def test_one_ranks_failure_reaches_all_and_frees_the_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     full: set[str] = {"rank-00001"}
-    original = writing.write_tensors
+    original = rank_writing.write_tensors
 
     def write_tensors(folder: str, path: str, tensors: object) -> object:
         info = original(folder, path, tensors)  # type: ignore[arg-type]
@@ -295,7 +295,7 @@ def test_one_ranks_failure_reaches_all_and_frees_the_space(tmp_path: Path, monke
             raise OSError(28, "No space left on device")
         return info
 
-    monkeypatch.setattr(writing, "write_tensors", write_tensors)
+    monkeypatch.setattr(rank_writing, "write_tensors", write_tensors)
     writers = make_writers(tmp_path, 3)
     for step in (10, 20):
         start(writers, step)
@@ -349,14 +349,14 @@ def test_a_checkpoint_is_abandoned_when_the_loop_knows_better(tmp_path: Path) ->
 
 def test_a_part_packed_anew_too_early_never_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     part = make_parts(10, 1)[0]
-    original = writing.write_tensors
+    original = rank_writing.write_tensors
 
     def write_tensors(*arguments: object) -> object:
         info = original(*arguments)  # type: ignore[arg-type]
         part.tensors["float32-00000"][0] += 1
         return info
 
-    monkeypatch.setattr(writing, "write_tensors", write_tensors)
+    monkeypatch.setattr(rank_writing, "write_tensors", write_tensors)
     writer = make_writers(tmp_path, 1)[0]
     writer.start(part, attempt="first", metrics="", validation_loss=None)
     with pytest.raises(AssertionError, match="of step 10 were overwritten while they were written"):
@@ -367,9 +367,9 @@ def test_a_part_packed_anew_too_early_never_counts(tmp_path: Path, monkeypatch: 
 def test_a_process_ends_while_storage_hangs(tmp_path: Path) -> None:
     program = (
         "import sys, time\n"
-        "from ray_ds.train.checkpoints import folders, writing\n"
+        "from ray_ds.train.checkpoints import folders, rank_writing\n"
         "from tests.train.states import make_writers, start\n"
-        "writing.write_tensors = lambda *arguments: time.sleep(600)\n"
+        "rank_writing.write_tensors = lambda *arguments: time.sleep(600)\n"
         "writers = make_writers(sys.argv[1], 1)\n"
         "start(writers, 10)\n"
         "print(writers[0].state)\n"

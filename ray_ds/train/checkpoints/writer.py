@@ -9,7 +9,7 @@ from typing import Literal
 from ray_ds.errors import ArtifactError, RetryableError, TakenOverError
 from ray_ds.logs import log_event
 from ray_ds.train.checkpoints import folders
-from ray_ds.train.checkpoints.writing import FAILURES, Writing, is_lasting
+from ray_ds.train.checkpoints.rank_writing import FAILURES, Writing, is_lasting
 from ray_ds.train.host import Part
 
 MAX_FAILED = 3

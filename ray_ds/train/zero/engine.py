@@ -21,6 +21,7 @@ from ray_ds.train.parallel.mesh import make_mesh
 from ray_ds.train.state import EngineState, StateReader, Stretch
 from ray_ds.train.zero.build import use_built_op
 from ray_ds.train.zero.config import deepspeed_config
+from ray_ds.train.zero.gradient_norm import sum_of_squares
 from ray_ds.train.zero.logical import LogicalState
 from ray_ds.train.zero.optimizer import make_optimizer
 from ray_ds.train.zero.quick_update import use_quick_update
@@ -33,9 +34,12 @@ class StepResult:
 
     norm: Arrival
     is_skipped: bool
-    """The gradient was no number and the weights are as before; in fp16 the loss scale is halved.
+    """The gradient was no number and the weights are as before; in fp16 the loss scale is halved,
+    save for the first such step since it last grew.
 
-    Where `bad_loss` is `fail` an update in bf16 does not wait for that: the norm alone tells, weights are spoilt."""
+    Where `bad_loss` is `fail` an update in bf16 does not wait for that and this is false: the gradient has spoilt the
+    weights, and `grad_norm`, no number either, is how the caller knows that it must not keep them.
+    """
     loss_scale: float
     """What fp16 multiplied the loss with; 1 in other types."""
 
@@ -67,6 +71,11 @@ class Engine:
         self.decoder = decoder = objective.decoder.to(device)
         trained = [(name, parameter) for name, parameter in decoder.named_parameters() if parameter.requires_grad]
         optimizer = make_optimizer(trained, settings.optimizer, is_cuda=device.type == "cuda")
+        config = deepspeed_config(settings, world_size, is_cuda=device.type == "cuda")
+        self._has_plain_fp32_optimizer = settings.zero_stage == 0 and settings.precision == "fp32"
+        if self._has_plain_fp32_optimizer:
+            config["gradient_clipping"] = 0.0  # `step` clips: DeepSpeed's norm of this case adds up in fp32
+        self._clipping = settings.gradient_clipping
         self._peak_rates = [float(group["lr"]) for group in optimizer.param_groups]
         with contextlib.redirect_stdout(None):  # it prints that it built the op when it only loads it
             deepspeed.init_distributed(dist_init_required=False)
@@ -74,7 +83,7 @@ class Engine:
             self._engine, *_ = deepspeed.initialize(
                 model=objective,
                 optimizer=optimizer,
-                config=deepspeed_config(settings, world_size, is_cuda=device.type == "cuda"),
+                config=config,
                 mpu=mpu,
                 dist_init_required=False,
             )
@@ -82,7 +91,6 @@ class Engine:
             use_quick_update(self._engine.optimizer, waits=settings.bad_loss != "fail")
         self._zero_stage = settings.zero_stage
         self._is_fp16 = settings.precision == "fp16"
-        self._has_plain_fp32_optimizer = settings.zero_stage == 0 and settings.precision == "fp32"
         self._is_micro_batch_open = False
         for name, buffer in decoder.named_buffers():
             assert buffer.dtype in (torch.float32, torch.int64), f"DeepSpeed made {name} {buffer.dtype}"
@@ -120,6 +128,8 @@ class Engine:
         if norm is not None and not norm.isfinite():  # torch's optimizer would write it into the weights
             self.skip_step()
             return StepResult(norm=Arrival(norm), is_skipped=True, loss_scale=1.0)
+        if norm is not None and self._clipping:
+            torch.nn.utils.clip_grads_with_norm_(self.decoder.parameters(), self._clipping, norm)
         loss_scale = float(optimizer.loss_scale) if self._is_fp16 else 1.0
         self._engine.step()
         self._is_micro_batch_open = False
@@ -145,12 +155,13 @@ class Engine:
     def _plain_grad_norm(self) -> Tensor:
         """Return the norm of the averaged gradients, which torch's optimizer without ZeRO does not keep."""
         found = {name: p.grad for name, p in self.decoder.named_parameters() if p.grad is not None}
-        norm = torch.nn.utils.get_total_norm([grad for name, grad in found.items() if name not in self._cuts])
-        if not self._cuts:
-            return norm
-        of_cuts = torch.nn.utils.get_total_norm([grad for name, grad in found.items() if name in self._cuts]).square()
-        torch.distributed.all_reduce(of_cuts, group=self.mesh.group)
-        return (norm.square() + of_cuts).sqrt()
+        device = next(self.decoder.parameters()).device
+        squares = sum_of_squares([grad for name, grad in found.items() if name not in self._cuts], device)
+        if self._cuts:
+            of_cuts = sum_of_squares([grad for name, grad in found.items() if name in self._cuts], device)
+            torch.distributed.all_reduce(of_cuts, group=self.mesh.group)
+            squares = squares + of_cuts
+        return squares.sqrt().float()
 
     @torch.no_grad()
     def loss(self, batch: MicroBatch) -> Tensor:

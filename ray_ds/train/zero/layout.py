@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Run:
+class FlatSpan:
     """Neighbouring elements of a parameter, and where they lie in a flat tensor."""
 
     name: str
@@ -29,9 +29,9 @@ class Run:
 class Layout:
     """What a tensor of this process holds."""
 
-    owned: Sequence[Run]
+    owned: Sequence[FlatSpan]
     """What this process lists; no element is listed by two."""
-    held: Sequence[Run]
+    held: Sequence[FlatSpan]
     """All there is but padding; it overlaps with other processes' where these keep copies."""
     shape: torch.Size
     """Of the tensor itself."""

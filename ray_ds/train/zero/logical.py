@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ray_ds.train.parallel.cuts import Cut
 from ray_ds.train.state import Kind, Piece, StateReader, Stretch
-from ray_ds.train.zero.layout import Layout, Run, Trained
+from ray_ds.train.zero.layout import FlatSpan, Layout, Trained
 from ray_ds.train.zero.partitions import MOMENTUM_KEY, stage_of
 
 ADAM_KINDS: tuple[Kind, Kind] = ("exp_avg", "exp_avg_sq")
@@ -58,7 +58,7 @@ class LogicalState:
 
     def _buffer_pieces(self) -> Iterator[Piece]:
         for name, buffer in self._buffers.items():
-            whole = Run(name=name, shape=tuple(buffer.shape), start=0, stop=buffer.numel(), offset=0)
+            whole = FlatSpan(name=name, shape=tuple(buffer.shape), start=0, stop=buffer.numel(), offset=0)
             yield from _cut("buffer", [whole], buffer)
 
     def optimizer_steps(self) -> int:
@@ -132,46 +132,46 @@ class LogicalState:
         self._stage.drop_gradients()
 
 
-def _cut(kind: Kind, runs: Sequence[Run], flat: Tensor) -> Iterator[Piece]:
-    for run in runs:
-        yield Piece(name=run.name, kind=kind, shape=run.shape, start=run.start, values=run.within(flat))
+def _cut(kind: Kind, spans: Sequence[FlatSpan], flat: Tensor) -> Iterator[Piece]:
+    for span in spans:
+        yield Piece(name=span.name, kind=kind, shape=span.shape, start=span.start, values=span.within(flat))
 
 
-def _stretches(kind: Kind, runs: Sequence[Run]) -> Iterator[tuple[Stretch, list[Run]]]:
-    """Yield what is read at once, and the runs that it fills.
+def _stretches(kind: Kind, spans: Sequence[FlatSpan]) -> Iterator[tuple[Stretch, list[FlatSpan]]]:
+    """Yield what is read at once, and the spans that it fills.
 
-    Runs of a parameter that is cut may be many, so what lies between them is read too.
+    Spans of a parameter that is cut may be many, so what lies between them is read too.
     """
-    for name, of_one in groupby(runs, lambda run: run.name):
+    for name, of_one in groupby(spans, lambda span: span.name):
         parts = list(of_one)
         yield Stretch(name=name, kind=kind, start=parts[0].start, stop=parts[-1].stop), parts
 
 
-def _fill(kind: Kind, runs: Sequence[Run], flat: Tensor, reader: StateReader) -> None:
-    for stretch, parts in _stretches(kind, runs):
+def _fill(kind: Kind, spans: Sequence[FlatSpan], flat: Tensor, reader: StateReader) -> None:
+    for stretch, parts in _stretches(kind, spans):
         read = reader.read(stretch.name, kind, stretch.start, stretch.stop)
-        for run in parts:
-            run.within(flat).copy_(read[run.start - stretch.start : run.stop - stretch.start])
+        for span in parts:
+            span.within(flat).copy_(read[span.start - stretch.start : span.stop - stretch.start])
 
 
 def _of_wholes(trained: Trained, cuts: Mapping[str, Cut], lists_uncut: bool) -> Trained:
-    """Return what is trained, its runs being of whole parameters instead of this process's parts of them."""
+    """Return what is trained, its spans being of whole parameters instead of this process's parts of them."""
     if not cuts:
         return trained
     assert trained.momentum is None, "settings refuse Muon here"
     layout = trained.layout
-    owned = [part for run in layout.owned for part in _whole_runs(run, cuts, lists_uncut=lists_uncut)]
-    held = [part for run in layout.held for part in _whole_runs(run, cuts, lists_uncut=True)]
+    owned = [part for span in layout.owned for part in _whole_spans(span, cuts, lists_uncut=lists_uncut)]
+    held = [part for span in layout.held for part in _whole_spans(span, cuts, lists_uncut=True)]
     return dataclasses.replace(trained, layout=dataclasses.replace(layout, owned=owned, held=held))
 
 
-def _whole_runs(run: Run, cuts: Mapping[str, Cut], *, lists_uncut: bool) -> list[Run]:
-    """Return a run of a part as runs of the whole, none where the parameter is whole and another process lists it."""
-    cut = cuts.get(run.name)
+def _whole_spans(span: FlatSpan, cuts: Mapping[str, Cut], *, lists_uncut: bool) -> list[FlatSpan]:
+    """Return a span of a part as spans of the whole, none where the parameter is whole and another process lists it."""
+    cut = cuts.get(span.name)
     if cut is None:
-        return [run] if lists_uncut else []
-    found, offset, shape = [], run.offset, cut.whole_shape(run.shape)
-    for start, length in cut.runs(run.shape, run.start, run.stop):
-        found.append(Run(name=run.name, shape=shape, start=start, stop=start + length, offset=offset))
+        return [span] if lists_uncut else []
+    found, offset, shape = [], span.offset, cut.whole_shape(span.shape)
+    for start, length in cut.runs(span.shape, span.start, span.stop):
+        found.append(FlatSpan(name=span.name, shape=shape, start=start, stop=start + length, offset=offset))
         offset += length
     return found

@@ -13,7 +13,7 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID, DeepSpeedZeroOptimizer
 from torch import Tensor, nn
 
-from ray_ds.train.zero.layout import Layout, Run, Stage, Trained
+from ray_ds.train.zero.layout import FlatSpan, Layout, Stage, Trained
 
 MOMENTUM_KEY = "momentum_buffer"
 """What DeepSpeed's Muon calls its running mean."""
@@ -63,8 +63,8 @@ class _Replicated:
     def _layout(self, name: str, master: Tensor) -> Layout:
         shape, numel = master.shape, master.numel()
         start, stop = numel * self._place // self._size, numel * (self._place + 1) // self._size
-        whole = Run(name=name, shape=tuple(shape), start=0, stop=numel, offset=0)
-        share = Run(name=name, shape=tuple(shape), start=start, stop=stop, offset=start)
+        whole = FlatSpan(name=name, shape=tuple(shape), start=0, stop=numel, offset=0)
+        share = FlatSpan(name=name, shape=tuple(shape), start=start, stop=stop, offset=start)
         return Layout(owned=[share] if start < stop else [], held=[whole], shape=shape)
 
     def open(self) -> None:
@@ -96,38 +96,38 @@ class _Zero12:
         dtype = optimizer.gradient_accumulation_dtype if optimizer.use_grad_accum_attribute else optimizer.dtype
         found = []
         for group, master in enumerate(optimizer.single_partition_of_fp32_groups):
-            runs = self._slice(group)
-            layout = Layout(owned=runs, held=runs, shape=master.shape)
+            spans = self._slice(group)
+            layout = Layout(owned=spans, held=spans, shape=master.shape)
             uses_muon = bool(optimizer.optimizer.param_groups[group].get("use_muon"))
-            momentum = self._whole_parameters(runs) if uses_muon else None
+            momentum = self._whole_parameters(spans) if uses_muon else None
             found.append(Trained(master=master, layout=layout, momentum=momentum, momentum_dtype=dtype))
         return found
 
-    def _slice(self, group: int) -> list[Run]:
+    def _slice(self, group: int) -> list[FlatSpan]:
         """Return what this process's slice of a group holds."""
         optimizer, size = self._optimizer, self._optimizer.partition_size[group]
         first = size * torch.distributed.get_rank(optimizer.real_dp_process_group[group])
         parameters = optimizer.round_robin_bit16_groups[group]
-        runs = []
+        spans = []
         for parameter, at in zip(parameters, optimizer.round_robin_bit16_offsets[group], strict=True):
             start, stop = max(first - at, 0), min(first + size - at, parameter.numel())
             if start < stop:
                 name, shape = self._names[parameter], tuple(parameter.shape)
-                runs.append(Run(name=name, shape=shape, start=start, stop=stop, offset=at + start - first))
-        return runs
+                spans.append(FlatSpan(name=name, shape=shape, start=start, stop=stop, offset=at + start - first))
+        return spans
 
-    def _whole_parameters(self, runs: Sequence[Run]) -> Layout:
+    def _whole_parameters(self, spans: Sequence[FlatSpan]) -> Layout:
         """Return the layout of Muon's mean: the whole of each parameter of which the slice has a part.
 
         A parameter that two processes share is orthogonalized by both, each with a copy of its mean.
         Source: DeepSpeed 0.19.8, stage_1_and_2.py `_muon_momentum_buffer` and `_get_flat_partition_unpadded`.
         """
         owned, held, size = [], [], 0
-        for run in runs:
-            numel = torch.Size(run.shape).numel()
-            held.append(Run(name=run.name, shape=run.shape, start=0, stop=numel, offset=size))
-            offset = size + run.start
-            owned.append(Run(name=run.name, shape=run.shape, start=run.start, stop=run.stop, offset=offset))
+        for span in spans:
+            numel = torch.Size(span.shape).numel()
+            held.append(FlatSpan(name=span.name, shape=span.shape, start=0, stop=numel, offset=size))
+            offset = size + span.start
+            owned.append(FlatSpan(name=span.name, shape=span.shape, start=span.start, stop=span.stop, offset=offset))
             size += numel
         return Layout(owned=owned, held=held, shape=torch.Size([size]))
 
@@ -164,25 +164,25 @@ class _Zero3:
         optimizer = self._optimizer
         found = []
         for group, master in enumerate(optimizer.fp32_partitioned_groups_flat):
-            runs = self._parts(group)
-            layout = Layout(owned=runs, held=runs, shape=master.shape)
+            spans = self._parts(group)
+            layout = Layout(owned=spans, held=spans, shape=master.shape)
             uses_muon = optimizer.use_muon and optimizer.sub_groups_using_muon[group]
             momentum = layout if uses_muon else None
             dtype = optimizer.communication_data_type
             found.append(Trained(master=master, layout=layout, momentum=momentum, momentum_dtype=dtype))
         return found
 
-    def _parts(self, group: int) -> list[Run]:
+    def _parts(self, group: int) -> list[FlatSpan]:
         """Return this process's part of each parameter; the last process's is filled up."""
-        rank, offset, runs = torch.distributed.get_rank(), 0, []
+        rank, offset, spans = torch.distributed.get_rank(), 0, []
         for parameter in self._optimizer.fp16_groups[group]:
             size = parameter.partition_numel()
             start, stop = rank * size, min((rank + 1) * size, parameter.ds_numel)
             if start < stop:
                 name, shape = self._names[parameter], tuple(parameter.ds_shape)
-                runs.append(Run(name=name, shape=shape, start=start, stop=stop, offset=offset))
+                spans.append(FlatSpan(name=name, shape=shape, start=start, stop=stop, offset=offset))
             offset += size
-        return runs
+        return spans
 
     def open(self) -> None:
         self._optimizer._partition_all_parameters()

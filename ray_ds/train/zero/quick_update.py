@@ -15,6 +15,8 @@ import torch
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor
 
+from ray_ds.train.zero.gradient_norm import sum_of_squares
+
 
 def use_quick_update(optimizer: Any, *, waits: bool) -> bool:
     """Replace three methods on a ZeRO 1 or 2 optimizer that is not of fp16; tell whether it was one.
@@ -28,7 +30,7 @@ def use_quick_update(optimizer: Any, *, waits: bool) -> bool:
 
     def norm_of(gradients: Iterable[Tensor], params: Any, norm_type: int = 2) -> Tensor:
         """Return the norm of all processes' gradients of a group."""
-        return group_norm(gradients, optimizer.dp_process_group, optimizer.device)
+        return group_norm(gradients, optimizer.dp_process_group, torch.device(optimizer.device))
 
     def leave_it_to_the_norm(partition_gradients: bool = True) -> None:
         """Scan nothing."""
@@ -53,8 +55,6 @@ def group_norm(gradients: Iterable[Tensor], group: Any, device: torch.device) ->
     What DeepSpeed marks as padding is left out.
     """
     own = [gradient for gradient in gradients if not getattr(gradient, "_zero_padding", False)]
-    squares = torch.zeros((), dtype=torch.float32, device=device)
-    if own:
-        squares = torch.stack(torch._foreach_norm(own, 2, dtype=torch.float32)).square().sum()
+    squares = sum_of_squares(own, device)
     torch.distributed.all_reduce(squares, group=group)
-    return squares.sqrt()
+    return squares.sqrt().float()

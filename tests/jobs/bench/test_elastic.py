@@ -93,6 +93,14 @@ def test_both_sides_train_the_same_but_for_scaling_and_snapshots(tmp_path: Path)
         assert getattr(ours, name) == getattr(stock, name)
 
 
+def test_what_ray_train_writes_lies_beside_the_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    played = Mock()
+    monkeypatch.setattr(elastic, "train_on_ray", played)
+    elastic.Training(tmp_path, "stock").end()
+    (work,) = {Path(call.kwargs["work"]) for call in played.call_args_list}
+    assert work == Path(played.call_args.args[0].checkpoints).parent, "`train_on_ray` makes ray_train/ in it"
+
+
 def test_a_node_counts_as_falsely_dead_once_and_every_daemon_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     class Stalled(PlayedNodes):
         def daemons(self) -> list[int]:

@@ -1,9 +1,13 @@
 """The training bench: what it makes of records, and the settings it measures."""
 
+import json
+import math
+
 import pytest
 
 from jobs.bench import train
 from jobs.bench.train import format_peer, format_row, make_settings, summarize
+from jobs.bench.train_peers import PEERS, Peer, run_peer
 
 
 def records(count: int = 20, **figures: float) -> list[dict[str, float]]:
@@ -48,3 +52,39 @@ def test_settings_are_those_of_the_command(monkeypatch: pytest.MonkeyPatch) -> N
     settings = make_settings(options, "bf16", 2, "cpu")
     assert (settings.precision, settings.zero_stage, settings.num_micro_batches) == ("bf16", 2, 4)
     assert settings.checkpoint_every == settings.num_steps == 16 and settings.snapshot_every == 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("peer", PEERS, ids=lambda peer: peer.__name__)
+def test_each_peer_trains_the_same_tiny_model_in_a_process_of_its_own(
+    peer: Peer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["--model", "tiny", "--seq-len", "16", "--batch-rows", "8", "--micro-batch", "4", "--vocab-size", "300"]
+    monkeypatch.setattr("sys.argv", ["train", *words, "--steps", "5"])
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    options = train.parse_options()
+    found = run_peer(peer, make_settings(options, "bf16", 2, "cpu"), options)
+    assert found.keys() == {f"{peer.__name__}_tokens_per_s"}
+    assert 0 < found[f"{peer.__name__}_tokens_per_s"] < math.inf
+
+
+def test_the_last_line_names_every_peer(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    speeds = {"bare_engine": 101.0, "stock_deepspeed": 80.0, "bare_loop": 125.0}
+    monkeypatch.setattr("sys.argv", ["train", "--model", "tiny", "--precisions", "bf16", "fp16", "--zero-stages", "1"])
+    monkeypatch.setattr(train, "write_synthetic_shards", lambda folder, options: None)
+    monkeypatch.setattr(train, "run_ours", lambda folder, settings, options: summarize(records()))
+    monkeypatch.setattr(
+        train,
+        "run_peer",
+        lambda peer, settings, options: {f"{peer.__name__}_tokens_per_s": speeds[peer.__name__]},
+    )
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    train.main()
+    *table, last = capsys.readouterr().out.splitlines()
+    found = json.loads(last)
+    assert found["name"] == "train" and set(found) == {"name", "inputs", "figures", "peers"}
+    expected = {f"{name}_tokens_per_s": speed for name, speed in speeds.items()}
+    assert found["peers"] == [expected, {name: expected[name] for name in expected if not name.startswith("bare_loop")}]
+    assert all(row["tokens_per_s"] == 100.0 for row in found["figures"])
+    assert sum("stock deepspeed" in line and line.endswith("ours is 125.0%") for line in table) == 2

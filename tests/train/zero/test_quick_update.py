@@ -11,6 +11,7 @@ import torch
 
 from tests.train.processes import spawn
 from tests.train.runs import VOCAB_SIZE, make_settings
+from tests.train.zero.worlds import forward_backward, gather, grid, new_engine, run_step, run_world
 
 
 def test_deepspeed_still_looks_at_the_norm() -> None:
@@ -28,6 +29,19 @@ def test_deepspeed_still_looks_at_the_norm() -> None:
     assert "clip = ((clip_norm / self.loss_scale) + 1e-6) / self.clip_grad" in clip, version
     parameters = list(inspect.signature(DeepSpeedZeroOptimizer.get_grad_norm_direct).parameters)
     assert parameters == ["self", "gradients", "params", "norm_type"], version
+
+
+def test_deepspeed_still_tells_of_a_bad_norm_among_the_groups() -> None:
+    """With offload a bad norm arrives as -1, and ours as it is; the norm over all groups must show either."""
+    from deepspeed.runtime.utils import combine_grad_norm_groups, is_invalid_grad_norm
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+    offloaded = inspect.getsource(DeepSpeedZeroOptimizer.complete_grad_norm_calculation_for_cpu_offload)
+    assert "total_norm = -1.0" in offloaded
+    assert "combine_grad_norm_groups(norm_groups" in inspect.getsource(DeepSpeedZeroOptimizer.scaled_global_norm)
+    for bad in (-1.0, math.inf, math.nan):
+        assert is_invalid_grad_norm(combine_grad_norm_groups([torch.tensor(3.0), torch.tensor(bad)])), bad
+    assert combine_grad_norm_groups([torch.tensor(3.0), torch.tensor(4.0)]) == 5
 
 
 @pytest.mark.slow
@@ -59,6 +73,39 @@ def test_gradients_are_clipped_as_deepspeed_does(norm: float) -> None:
     stock.unscale_and_clip_grads([gradients[0]], torch.tensor(norm))
     quick.unscale_and_clip_grads([gradients[1]], torch.tensor(norm))
     assert torch.equal(*gradients)
+
+
+BAD_STEP_CASES = [
+    {"zero_stage": 1, "offload": "optimizer"},
+    {"zero_stage": 2, "offload": "optimizer", "precision": "bf16"},
+    {"zero_stage": 1, "optimizer": {"kind": "muon"}, "gradient_clipping": 0.0},
+    {"zero_stage": 2, "optimizer": {"kind": "muon"}, "gradient_clipping": 0.0, "precision": "bf16"},
+]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_an_infinite_gradient_changes_nothing_with_offload_or_muon(tmp_path: Path) -> None:
+    run_world(2, meet_infinite_gradients, tmp_path)
+
+
+def meet_infinite_gradients(rank: int, world_size: int, folder: Path) -> None:
+    """Meet one in a matrix, which Muon trains, and one in a vector; only the process that owns it sees it."""
+    for case in BAD_STEP_CASES:
+        engine = new_engine(make_settings(bad_loss="skip", **case), 0, world_size)
+        run_step(engine, grid(0), rank, world_size)
+        for name in ("model.layers.0.self_attn.o_proj.weight", "model.norm.weight"):
+            before = gather(engine.state())
+            spoilt = engine.decoder.get_parameter(name).register_hook(lambda g: torch.full_like(g, math.inf))
+            forward_backward(engine, grid(1), rank, world_size)
+            spoilt.remove()
+            result = engine.step(1.0)
+            assert result.is_skipped and not math.isfinite(result.grad_norm), (case, name)
+            after = gather(engine.state())
+            assert after.facts == before.facts, (case, name)
+            assert all(torch.equal(value, before.tensors[key]) for key, value in after.tensors.items()), (case, name)
+        _, norm = run_step(engine, grid(1), rank, world_size)
+        assert math.isfinite(norm), case
 
 
 def compare(rank: int, store: str, stage: int, precision: str, bad_loss: str) -> None:
