@@ -26,8 +26,8 @@ from ray_ds.logs import log_event, setup_logging
 from ray_ds.model.local_folder import local_model_folder
 from ray_ds.on_ray.shared_ledger import SharedLedger, ledger_actor
 from ray_ds.serve.engine import Engine
+from ray_ds.serve.http.access import Access
 from ray_ds.serve.http.app import build_app
-from ray_ds.serve.http.gate import Access
 from ray_ds.serve.http.service import CompletionService, ModelCard
 from ray_ds.serve.keys import KeyRing
 from ray_ds.serve.limits import LocalLedger

@@ -9,9 +9,9 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from ray_ds.serve.engine import EngineStoppedError, QueueFullError
+from ray_ds.serve.http.access import Caller
 from ray_ds.serve.http.body import CompletionBody
 from ray_ds.serve.http.errors import ApiError
-from ray_ds.serve.http.gate import Caller
 from ray_ds.serve.http.service import CompletionService, ServingTokenizer
 from ray_ds.serve.requests import Emit, Event, Failure, GenerationRequest, Piece, TokenLogprobs
 

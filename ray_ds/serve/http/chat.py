@@ -8,10 +8,10 @@ import pydantic
 from pydantic import BaseModel, ConfigDict, Field
 
 from ray_ds.errors import InputError
+from ray_ds.serve.http.access import Caller
 from ray_ds.serve.http.answers import Answers
 from ray_ds.serve.http.body import CompletionBody, StopString, StreamOptions, make_requests
 from ray_ds.serve.http.errors import ApiError
-from ray_ds.serve.http.gate import Caller
 from ray_ds.serve.http.service import ChatPrompts, CompletionService
 from ray_ds.serve.requests import GenerationRequest, TokenLogprobs
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ray_ds.serve.engine import TokenTable
-from ray_ds.serve.http.gate import Access
+from ray_ds.serve.http.access import Access
 from ray_ds.serve.safety.screened_engine import AnsweringEngine
 
 
