@@ -156,6 +156,7 @@ def test_no_http_listens_beyond_loopback(
     endpoint: Artifact, settings: ServeSettings, ports_before: set[tuple[str, int]]
 ) -> None:
     new = open_ports() - ports_before  # Ray's own gRPC: a worker's, and one more of each replica
+    assert len(new) >= 2, "the replicas' own were not seen"
     assert {port for _, port in new} & {settings.port, 8404, 8500, 9101} == set()
     for host, port in new:
         address = "127.0.0.1" if host in ("0.0.0.0", "::") else host
