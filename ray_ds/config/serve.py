@@ -80,7 +80,8 @@ class ServeSettings:
     route_prefix: Annotated[str, Field(pattern=r"^/([A-Za-z0-9_-]+(/[A-Za-z0-9_-]+)*)?$")] = "/"
     """Path below which the endpoint answers; applications of one cluster need different ones."""
     host: str = "127.0.0.1"
-    """Address the endpoint listens on, on the head node; 0.0.0.0 = all of them, for which API keys are a must."""
+    """Address the endpoint listens on, on the head node; 0.0.0.0 = all of them, for which an API key is a must. Ray's
+    own gRPC, one port of each replica among it, always listens on all: RAY_AUTH_MODE=token guards it."""
     port: Annotated[int, Field(ge=1, le=65535)] = 8000
     """Port of the HTTP proxy, one for all applications of a cluster."""
     ingress: Literal["proxy", "haproxy"] = "proxy"

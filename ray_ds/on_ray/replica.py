@@ -27,8 +27,8 @@ from ray_ds.on_ray.autoscaling import autoscaling_config
 from ray_ds.on_ray.shared_ledger import SharedLedger, ledger_actor
 from ray_ds.serve.build import build_engine
 from ray_ds.serve.engine import Engine
+from ray_ds.serve.http.access import Access
 from ray_ds.serve.http.app import build_app
-from ray_ds.serve.http.gate import Access
 from ray_ds.serve.http.service import CompletionService, ModelCard
 from ray_ds.serve.keys import KeyRing
 from ray_ds.serve.limits import LocalLedger

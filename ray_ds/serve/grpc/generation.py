@@ -7,10 +7,10 @@ from typing import Any
 import grpc  # type: ignore[import-untyped]
 
 from ray_ds.serve.grpc.messages import GenerateReply, HealthReply
+from ray_ds.serve.http.access import Caller
 from ray_ds.serve.http.body import parse_body
 from ray_ds.serve.http.completions import CompletionBody
 from ray_ds.serve.http.errors import ApiError
-from ray_ds.serve.http.gate import Caller, identify
 from ray_ds.serve.http.prompts import encode_prompts
 from ray_ds.serve.http.sampling import make_requests
 from ray_ds.serve.http.service import CompletionService
@@ -50,7 +50,7 @@ async def generate_stream(service: CompletionService, request: Any, metadata: Me
     Raises:
         ApiError: as `/v1/completions`.
     """
-    caller = await identify(service.access, _authorization(metadata))
+    caller = await service.access.identify(_authorization(metadata))
     try:
         async for reply in _answer(service, caller, await _make_request(service, request)):
             yield reply

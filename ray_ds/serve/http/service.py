@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 from ray_ds.chat.template import ChatTemplate
 from ray_ds.serve.engine import TokenTable
-from ray_ds.serve.http.gate import Access
+from ray_ds.serve.http.access import Access
 from ray_ds.serve.http.metrics import ServingMetrics
 from ray_ds.serve.safety.screened_engine import AnsweringEngine
 

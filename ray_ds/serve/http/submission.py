@@ -6,8 +6,8 @@ import math
 from collections.abc import AsyncIterator, Sequence
 
 from ray_ds.serve.engine import EngineStoppedError, QueueFullError, UnfitRequestError
+from ray_ds.serve.http.access import Caller
 from ray_ds.serve.http.errors import ApiError
-from ray_ds.serve.http.gate import Caller
 from ray_ds.serve.http.metrics import RequestTimer
 from ray_ds.serve.http.service import CompletionService
 from ray_ds.serve.requests import Embedding, Emit, Event, Failure, FinishReason, Piece, Request

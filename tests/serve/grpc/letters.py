@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ray_ds.config.keys import ApiKey
-from ray_ds.serve.http.gate import Access
+from ray_ds.serve.http.access import Access
 from ray_ds.serve.http.service import CompletionService, ModelCard
 from ray_ds.serve.keys import KeyRing, hash_api_key
 from ray_ds.serve.limits import LocalLedger

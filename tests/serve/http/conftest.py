@@ -17,8 +17,8 @@ from ray_ds.chat.template import ChatTemplate
 from ray_ds.config.keys import ApiKey
 from ray_ds.errors import InputError
 from ray_ds.serve.engine import Engine
+from ray_ds.serve.http.access import Access
 from ray_ds.serve.http.app import build_app
-from ray_ds.serve.http.gate import Access
 from ray_ds.serve.http.service import CompletionService, ModelCard
 from ray_ds.serve.keys import KeyRing, hash_api_key
 from ray_ds.serve.limits import LocalLedger

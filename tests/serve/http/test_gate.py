@@ -11,7 +11,7 @@ import openai
 import pytest
 
 from ray_ds.config.keys import ApiKey
-from ray_ds.serve.http.gate import Access
+from ray_ds.serve.http.access import Access
 from ray_ds.serve.http.service import CompletionService
 from ray_ds.serve.keys import KeyRing, hash_api_key
 from ray_ds.serve.limits import LedgerUnavailableError, LocalLedger
