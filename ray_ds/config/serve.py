@@ -95,6 +95,9 @@ class ServeSettings:
     """The certificate's private key, PEM without a password, on the head node."""
     tls_name: str | None = None
     """Name in the certificate by which clients reach the head node; None = its address."""
+    grpc_port: Annotated[int, Field(ge=1, le=65535)] | None = None
+    """Port of the gRPC proxy, with the methods of `ray_ds.Generation` and reflection; None = there is none. It listens
+    on all addresses and without TLS, whatever `host` says: Ray has no setting for either."""
     api_key_env: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")] | None = None
     """Environment variable that holds an API key without limits, read by the job, which asks its question with it; None
     = open to all who reach the port."""
@@ -166,6 +169,10 @@ class ServeSettings:
         if self.api_keys_file is not None and self.api_key_env is None:
             allowed = "must come with api_key_env, the key with which the job asks its question"
             raise ConfigError("api_keys_file", self.api_keys_file, allowed, "set api_key_env too")
+        if self.grpc_port is not None and (self.is_on_loopback or self.tls_cert_file is not None):
+            other = f"host {self.host}" if self.is_on_loopback else "tls_cert_file"
+            allowed = f"must be absent with {other}: Ray's gRPC proxy listens on all addresses and without TLS"
+            raise ConfigError("grpc_port", self.grpc_port, allowed, "remove it, or open the host, with TLS in front")
         if self.ingress == "haproxy" and self.is_on_loopback:
             allowed = f"must be proxy with host {self.host}: HAProxy's statistics and metrics listen on all addresses"
             raise ConfigError("ingress", self.ingress, allowed, "use proxy, or open the host and close 8404 and 9101")

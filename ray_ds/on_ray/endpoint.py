@@ -11,13 +11,14 @@ import ray
 from ray import serve
 from ray.serve import Application
 from ray.serve.api import RunTarget
-from ray.serve.config import HTTPOptions, ProxyLocation
+from ray.serve.config import HTTPOptions, ProxyLocation, gRPCOptions
 from ray.serve.context import _get_global_client
 from ray.serve.schema import ApplicationStatus
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ray_ds.config.serve import ServeSettings
 from ray_ds.errors import ClusterError, ConfigError
+from ray_ds.on_ray.grpc_ingress import SERVICER_FUNCTION
 from ray_ds.serve.client import read_health
 
 POLL_S = 0.25
@@ -47,7 +48,11 @@ def start_proxy(settings: ServeSettings, step: str) -> None:
             ssl_keyfile=settings.tls_key_file,
             ssl_certfile=settings.tls_cert_file,
         )
-        serve.start(proxy_location=ProxyLocation.HeadOnly, http_options=options)
+        serve.start(
+            proxy_location=ProxyLocation.HeadOnly,
+            http_options=options,
+            grpc_options=_grpc_options(settings),
+        )
     elif running != (settings.host, settings.port):
         host, port = running
         raise ConfigError(
@@ -59,12 +64,27 @@ def start_proxy(settings: ServeSettings, step: str) -> None:
     elif (certificate := _get_global_client().http_config.ssl_certfile) != settings.tls_cert_file:
         allowed = f"must be {certificate or 'absent'}, as this cluster's proxy was started"
         raise ConfigError(f"{step}.tls_cert_file", settings.tls_cert_file or "absent", allowed, STOP_SERVING)
+    elif settings.grpc_port is not None and (port := grpc_port()) != settings.grpc_port:
+        allowed = f"must be {port or 'absent'}, as this cluster's proxy was started"
+        raise ConfigError(f"{step}.grpc_port", settings.grpc_port, allowed, STOP_SERVING)
 
 
 def proxy_address() -> tuple[str, int] | None:
     """Return where this cluster's Serve listens, or None while there is none. Serve tells it in private only."""
     client = _get_global_client(raise_if_no_controller_running=False)
     return None if client is None else (client.http_config.host, client.http_config.port)
+
+
+def grpc_port() -> int | None:
+    """Return where this cluster's gRPC proxy listens, or None where it has none. Serve tells it in private only."""
+    options = ray.get(_get_global_client()._controller.get_grpc_config.remote())
+    return int(options.port) if options.grpc_servicer_functions else None
+
+
+def _grpc_options(settings: ServeSettings) -> gRPCOptions | None:
+    if settings.grpc_port is None:
+        return None
+    return gRPCOptions(port=settings.grpc_port, grpc_servicer_functions=[SERVICER_FUNCTION])
 
 
 def _check_ingress(settings: ServeSettings, step: str) -> None:

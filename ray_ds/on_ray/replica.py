@@ -24,6 +24,7 @@ from ray_ds.errors import ArtifactError
 from ray_ds.logs import log_event, setup_logging
 from ray_ds.model.local_folder import local_model_folder
 from ray_ds.on_ray.autoscaling import autoscaling_config
+from ray_ds.on_ray.grpc_ingress import GrpcMethods
 from ray_ds.on_ray.shared_ledger import SharedLedger, ledger_actor
 from ray_ds.serve.build import build_engine
 from ray_ds.serve.engine import Engine
@@ -48,7 +49,7 @@ NO_WORKING_DIR = "local:///"
 
 
 @serve.ingress()
-class ModelReplica:
+class ModelReplica(GrpcMethods):
     """Serves one model. Its engine has a thread of its own, so that health checks and streams never wait for it."""
 
     def __init__(self, artifact_uri: str, digest: str, settings: ServeSettings, api_key_hash: str | None) -> None:

@@ -57,6 +57,7 @@ def test_defaults_are_safe_and_every_field_is_explained() -> None:
             r"serve.api_keys_file \(/k.toml\) must come with api_key_env.*; set api_key_env",
         ),
         ({"api_keys_file": "k.toml", "api_key_env": "K"}, r"serve.api_keys_file \(k.toml\) must"),
+        ({"grpc_port": 9000}, r"serve.grpc_port \(9000\) must be absent with host 127.0.0.1.*on all addresses"),
         ({"ingress": "haproxy"}, r"serve.ingress \(haproxy\) must be proxy with host 127.0.0.1.*8404 and 9101"),
         ({"tls_cert_file": "/c.pem"}, r"serve.tls_key_file \(missing\) must be given with its other half"),
         ({"tls_key_file": "/k.pem"}, r"serve.tls_cert_file \(missing\) must be given with its other half"),
