@@ -68,6 +68,7 @@ PLACES = {
     "ray": ("on_ray/", "stages/", "submit.py", "verify/"),
     "deepspeed": ("train/zero/",),
     "fastapi": ("serve/http/",),
+    "grpc": ("serve/grpc/",),
 }
 SOURCES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
 

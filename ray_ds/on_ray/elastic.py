@@ -1,9 +1,10 @@
 """Elastic training on Ray Train's hooks: how many workers, and when they change.
 
-What leans on private parts of Ray (2.60) is here, in `failures.py`, `spares.py` and `nodes.py`; the contract is in
-`tests/on_ray/test_elastic.py`. The setting `scaling = "stock"` goes without. What Ray Train's own policy does not do:
-it restarts workers without a word, so that the work since the last checkpoint is lost; it counts nodes that drain or
-just died; it looks for new nodes every 20 s and waits a minute for a dead one.
+What leans on private parts of Ray Train (2.60) is here, in `failures.py` and in `spares.py`, which `scaling = "stock"`
+goes without; the contract is in `tests/on_ray/test_elastic.py`. Private parts of Ray's core are in `nodes.py`,
+`run_lock.py` and `autoscaler.py`, which both ways need. What Ray Train's own policy does not do: it restarts workers
+without a word, so that the work since the last checkpoint is lost; it counts nodes that drain or just died; it looks
+for new nodes every 20 s and waits a minute for a dead one.
 """
 
 import logging

@@ -64,8 +64,8 @@ def start_proxy(settings: ServeSettings, step: str) -> None:
     elif (certificate := _get_global_client().http_config.ssl_certfile) != settings.tls_cert_file:
         allowed = f"must be {certificate or 'absent'}, as this cluster's proxy was started"
         raise ConfigError(f"{step}.tls_cert_file", settings.tls_cert_file or "absent", allowed, STOP_SERVING)
-    elif settings.grpc_port is not None and (port := grpc_port()) != settings.grpc_port:
-        allowed = f"must be {port or 'absent'}, as this cluster's proxy was started"
+    elif settings.grpc_port is not None and (other := grpc_port()) != settings.grpc_port:
+        allowed = f"must be {other or 'absent'}, as this cluster's proxy was started"
         raise ConfigError(f"{step}.grpc_port", settings.grpc_port, allowed, STOP_SERVING)
 
 

@@ -1,6 +1,6 @@
 """How training on Ray ends: what the workers gave, or an error that tells whether another try goes on.
 
-It leans on Ray Train's public errors alone, so that `scaling = "stock"` needs no more of Ray.
+It leans on Ray Train's public errors alone, so that `scaling = "stock"` needs no private part of Ray Train.
 """
 
 import errno

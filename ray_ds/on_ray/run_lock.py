@@ -48,6 +48,7 @@ def this_owner() -> Owner:
         user=user,
         host=socket.gethostname(),
         pid=os.getpid(),
+        # Ray has no public way to ask for the cluster's id.
         cluster=ray._private.worker.global_worker.gcs_client.cluster_id.hex(),
         since=time.time(),
         token=secrets.token_hex(8),

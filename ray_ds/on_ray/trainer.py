@@ -185,7 +185,7 @@ def _make_trainer(
     }
     if settings.scaling == "stock":
         return TorchTrainer(_run_worker, torch_config=TorchConfig(backend=backend), **options)
-    # Leans on private parts of Ray, which the branch above goes without.
+    # Leans on private parts of Ray Train, which the branch above goes without.
     from ray_ds.on_ray.elastic import ElasticTorchTrainer, KeptGroupTorchConfig, Plan
 
     modules = ["ray_ds.on_ray.trainer", "ray.train.torch", *(["ray_ds.train.loop"] if loop is None else [])]

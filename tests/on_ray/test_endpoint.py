@@ -9,6 +9,7 @@ from ray_ds.config.serve import ServeSettings
 from ray_ds.errors import ConfigError
 from ray_ds.on_ray import endpoint
 from ray_ds.on_ray.endpoint import endpoint_url, head_node, start_proxy
+from ray_ds.on_ray.grpc_ingress import SERVICER_FUNCTION
 
 HEAD = {"NodeID": "a1", "NodeManagerAddress": "10.0.0.1", "Resources": {"CPU": 1.0, "node:__internal_head__": 1.0}}
 WORKER = {"NodeID": "b2", "NodeManagerAddress": "10.0.0.2", "Resources": {"CPU": 8.0, "node:10.0.0.2": 1.0}}
@@ -53,3 +54,17 @@ def test_a_cluster_with_haproxy_is_not_taken_for_one_that_listens_on_loopback(mo
     )
     with pytest.raises(ConfigError, match=message):
         start_proxy(ServeSettings(), "serve")
+
+
+def test_serve_is_started_with_grpc_only_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[object] = []
+    monkeypatch.setattr(endpoint, "_on_head", lambda task, *arguments: None)
+    monkeypatch.setattr(endpoint, "proxy_address", lambda: None)
+    monkeypatch.setattr(endpoint, "_check_port_is_free", lambda *arguments: None)
+    monkeypatch.setattr(endpoint.serve, "start", lambda *, grpc_options, **_: started.append(grpc_options))
+    opened = {"host": "0.0.0.0", "api_key_env": "KEY"}
+    for settings in (ServeSettings(**opened), ServeSettings(**opened, grpc_port=9100)):
+        endpoint.start_proxy(settings, "serve")
+    without, with_port = started
+    assert without is None
+    assert (with_port.port, with_port.grpc_servicer_functions) == (9100, [SERVICER_FUNCTION])  # type: ignore[attr-defined]

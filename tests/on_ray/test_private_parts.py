@@ -13,6 +13,7 @@ ROOT = Path(ray_ds.__file__).parent
 OF_CORE = re.compile(r"\bray\._(private|raylet|internal)")
 OF_TRAIN = re.compile(r"\bray\.train\.v2\._internal|\b_TorchBackend\b")
 LEAN_ON_CORE = {
+    "on_ray/autoscaler.py",  # what the node autoscaler last said
     "on_ray/nodes.py",  # which nodes drain, and what is free on each
     "on_ray/run_lock.py",  # whether a job's driver is gone
     "verify/node_settings.py",  # what a node was started with
