@@ -16,7 +16,7 @@ from torch import Tensor
 from ray_ds import storage
 from ray_ds.artifacts import FileInfo
 from ray_ds.errors import StorageUnavailable
-from ray_ds.train.checkpoints import find_latest, writing
+from ray_ds.train.checkpoints import find_latest, rank_writing
 from ray_ds.train.host import Part, Request
 from ray_ds.train.task import TrainTask
 from tests.train.processes import spawn
@@ -161,7 +161,7 @@ def _run_rank(
 
 def fail_once(step: int) -> None:
     """Make this process's part of a step's checkpoint meet a store that does not answer, once."""
-    write = writing.write_tensors
+    write = rank_writing.write_tensors
     left = [StorageUnavailable("s3://bucket/run", "timed out", "submit again")]
 
     def write_or_fail(folder: str, path: str, tensors: Mapping[str, Tensor]) -> FileInfo:
@@ -169,7 +169,7 @@ def fail_once(step: int) -> None:
             raise left.pop()
         return write(folder, path, tensors)
 
-    writing.write_tensors = write_or_fail
+    rank_writing.write_tensors = write_or_fail
 
 
 @pytest.fixture(scope="module")

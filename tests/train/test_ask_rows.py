@@ -1,12 +1,14 @@
-"""Asking a teacher about shards on an object store."""
+"""Asking a model about shards on an object store."""
 
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from ray_ds.data.teacher_logits import RowRange
-from ray_ds.train.teacher import TeacherJob, store_range
+from ray_ds.data.stored_rows import RowRange
+from ray_ds.train.ask_rows import RowJob, store_range
+from ray_ds.train.teacher import ask_teacher
 from tests.data.fake_store import installed_store, put_shards
 from tests.train.chats import new_checkpoint
 from tests.train.runs import VOCAB_SIZE
@@ -20,13 +22,13 @@ def test_shards_take_no_more_disk_than_the_settings_say(
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "node"))
     new_checkpoint(tmp_path / "teacher")
     with installed_store(tmp_path) as store:
-        job = TeacherJob(
-            settings=logits_settings(shard_cache_bytes=cache_bytes),
+        settings = logits_settings(shard_cache_bytes=cache_bytes)
+        job = RowJob(
+            settings=settings,
+            ask=partial(ask_teacher, settings=settings, vocab_size=VOCAB_SIZE, bos_token_id=0),
             checkpoint=str(tmp_path / "teacher"),
             shards=put_shards(store, num_shards=6, tokens=100),
             rows="stream",
-            vocab_size=VOCAB_SIZE,
-            bos_token_id=0,
             device="cpu",
         )
         files: list[str] = []
