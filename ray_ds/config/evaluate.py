@@ -29,6 +29,9 @@ class EvaluateSettings:
     """Questions with right answers that are put to the model."""
     lm_eval: LmEvalSettings | None = None
     """Tasks of lm-evaluation-harness that are put to it as well; needs the package, `pip install 'ray_ds[lm-eval]'`."""
+    ratings: Annotated[str | None, OUTPUT_UNCHANGED] = None
+    """Files with people's ratings of its answers beside another model's, as the endpoint's page gives them: an absolute
+    path or an s3:// or gs:// URI; `*` and `?` stay within a folder."""
     micro_batch: Annotated[pydantic.PositiveInt, OUTPUT_UNCHANGED] = 8
     """Rows that a worker sends through the model at once."""
     device: Annotated[Literal["auto", "cpu", "cuda"], OUTPUT_UNCHANGED] = "auto"
@@ -47,7 +50,7 @@ class EvaluateSettings:
                 raise ConfigError(f"tasks.{i}.name", name, "must be the name of one task only", "choose another")
 
     def with_root(self, root: str | None, *, where: str) -> "EvaluateSettings":
-        """Return the same settings with the tasks' relative files and folders below `root`.
+        """Return the same settings with the relative files and folders below `root`.
 
         Raises:
             ConfigError: files are relative and there is no root.
@@ -57,7 +60,10 @@ class EvaluateSettings:
         if lm_eval is not None:
             folder = absolute_path(lm_eval.include_path, root, field=f"{where}.lm_eval.include_path")
             lm_eval = dataclasses.replace(lm_eval, include_path=folder)
-        return dataclasses.replace(self, tasks=tasks, lm_eval=lm_eval)
+        ratings = self.ratings
+        if ratings is not None:
+            ratings = absolute_path(ratings, root, field=f"{where}.ratings")
+        return dataclasses.replace(self, tasks=tasks, lm_eval=lm_eval, ratings=ratings)
 
 
 def _task_with_root(task: TaskSettings, root: str | None, where: str) -> TaskSettings:

@@ -8,6 +8,7 @@ from ray_ds.artifacts import EvalReport, open_artifact
 from ray_ds.errors import ConfigError
 from ray_ds.evaluate.comparison import Difference, compare_reports
 from ray_ds.evaluate.intervals import CONFIDENCE
+from ray_ds.evaluate.rating_tables import rating_rows
 from ray_ds.logs import table_lines
 
 SIGNIFICANCE = 0.05
@@ -47,6 +48,8 @@ def report_rows(facts: Mapping[str, Any]) -> list[tuple[str, ...]]:
             rows.append((task, metric, _figure(own["score"], metric), interval, f"{found['items']:,}", note))
     if "lm_eval" in facts:
         rows += _lm_eval_rows(facts["lm_eval"])
+    if "ratings" in facts:
+        rows += rating_rows(facts["ratings"])
     return rows
 
 

@@ -45,7 +45,7 @@ class Item:
 
 
 def fingerprint_tasks(settings: EvaluateSettings) -> list[SourceFile]:
-    """Return every file that tasks are read from, with its sha256, task, source and licence.
+    """Return every file that tasks and ratings are read from, with its sha256, task, source and licence.
 
     Raises:
         ConfigError, InputError: as `find_task_files` and `find_lm_eval_files`.
@@ -58,6 +58,8 @@ def fingerprint_tasks(settings: EvaluateSettings) -> list[SourceFile]:
     if settings.lm_eval is not None:
         for uri in find_lm_eval_files(settings.lm_eval):
             found.append(_fingerprint(uri, f"lm_eval: {settings.lm_eval.source}", settings.lm_eval.licence))
+    if settings.ratings is not None:
+        found += [_fingerprint(uri, "ratings", "not stated") for uri in find_task_files(settings.ratings, "ratings")]
     return found
 
 
@@ -114,7 +116,7 @@ def read_items(task: TaskSettings, *, shots: bool = False) -> list[Item]:
     """
     field, pattern = ("shot_files", task.shot_files) if shots and task.shot_files else ("files", task.files)
     where = f"task {task.name}: {field}"
-    items = [item for uri in find_task_files(str(pattern), where) for item in _read_file(uri)]
+    items = [item for uri in find_task_files(str(pattern), where) for item in read_file(uri)]
     if not items:
         raise InputError(where, str(pattern), "must hold an item or more; it holds none", "check the files")
     return items
@@ -125,7 +127,12 @@ def _stem(uri: str) -> str:
     return uri.lower().removesuffix(".gz").removesuffix(".zst")
 
 
-def _read_file(uri: str) -> Iterator[Item]:
+def read_file(uri: str) -> Iterator[Item]:
+    """Yield the lines or rows of a file that `find_task_files` found.
+
+    Raises:
+        InputError: it is damaged.
+    """
     data = storage.read_bytes(uri)
     if _stem(uri).endswith(".parquet"):
         yield from _read_parquet(uri, data)

@@ -32,6 +32,8 @@ from ray_ds.evaluate.ngrams import BLOCK_TOKENS, bigram_nats, fit_bigram
 from ray_ds.evaluate.outcomes import OUTCOMES_FILE, Outcome, write_outcomes
 from ray_ds.evaluate.perplexity import Score, bits_per_byte, micro_batches
 from ray_ds.evaluate.questions import read_questions
+from ray_ds.evaluate.rating_scores import summarise_ratings
+from ray_ds.evaluate.ratings import read_ratings
 from ray_ds.evaluate.spans import Span, count_bytes, plan_spans, text_of
 from ray_ds.evaluate.tables import report_rows
 from ray_ds.evaluate.task_files import fingerprint_tasks
@@ -67,6 +69,7 @@ def evaluate(settings: EvaluateSettings, run: StageRun) -> Artifact:
     spans, num_bytes = plan_validation(settings, shards)
     check_lm_eval_chats(settings, model, run.step)
     questions = ask_tasks(settings, model, run.step)
+    ratings = score_ratings(settings, model, run.step)
     job = EvaluateJob(model=model, shards=shards, settings=settings, device=device, spans=spans)
     if settings.lm_eval is not None:
         in_own_process(check_tasks, settings.lm_eval, f"{run.step}.lm_eval")
@@ -92,6 +95,8 @@ def evaluate(settings: EvaluateSettings, run: StageRun) -> Artifact:
         write_outcomes(run.path(OUTCOMES_FILE), [own for task in outcomes for own in task])
     if harness is not None:
         facts["lm_eval"] = harness
+    if ratings is not None:
+        facts["ratings"] = ratings
     report = {**facts, "model": model.uri, "shards": shards.uri, "settings": dataclasses.asdict(settings)}
     storage.write_bytes(run.path("report.json"), json.dumps(report, indent=1, ensure_ascii=False).encode() + b"\n")
     log_table(report_rows(facts))
@@ -132,6 +137,18 @@ def _no_template(model: Artifact, where: str, name: str) -> ConfigError:
     allowed = f"needs a chat template, which the model {model.uri} does not have"
     action = f"evaluate a model that was trained on shards of tokenize_chat, or leave {name} out"
     return ConfigError(f"{where}.{name}", True, allowed, action)
+
+
+def score_ratings(settings: EvaluateSettings, model: Artifact, step: str) -> dict[str, JsonValue] | None:
+    """Return what people's ratings say of the model, or None where there are none.
+
+    Raises:
+        InputError: a file or a line is damaged, or none is of this model; the message names it.
+    """
+    if settings.ratings is None:
+        return None
+    field = f"{step}.ratings"
+    return summarise_ratings(read_ratings(settings.ratings, field), model.digest, field)
 
 
 def check_same_tokenizer(model: Artifact, shards: TokenShards) -> None:
