@@ -15,6 +15,7 @@ from ray_ds.serve.http.embeddings import EmbeddingAnswer, EmbeddingBody, embed
 from ray_ds.serve.http.errors import install_error_handlers
 from ray_ds.serve.http.gate import Gate, is_open
 from ray_ds.serve.http.openapi import describe, install_openapi
+from ray_ds.serve.http.page import add_page
 from ray_ds.serve.http.predict import PredictBody, Prediction, predict
 from ray_ds.serve.http.service import CompletionService
 from ray_ds.serve.http.tokens import (
@@ -82,6 +83,7 @@ def build_app(service: CompletionService) -> FastAPI:
         _add_get(app, get, service)
     for post in POSTS:
         _add_post(app, post, service)
+    add_page(app)
     install_openapi(app, [*(post.body for post in POSTS), ChatChunk])
     return app
 

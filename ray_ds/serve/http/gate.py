@@ -1,7 +1,8 @@
 """The gate in front of all routes: no key, no answer; and no answer takes longer than it may.
 
-Without a key only `/health` and `/ping` answer, which balancers and probes ask; `/metrics` tells how much an endpoint
-is used, so Prometheus sends a key too (`authorization` in its scrape configuration).
+Without a key only `/health` and `/ping` answer, which balancers and probes ask, and the page's files, the same for
+everybody; `/metrics` tells how much an endpoint is used, so Prometheus sends a key too (`authorization` in its scrape
+configuration).
 """
 
 import asyncio
@@ -11,8 +12,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ray_ds.serve.http.access import Access, Caller
 from ray_ds.serve.http.errors import ApiError
+from ray_ds.serve.http.page import PAGE_FILES
 
-OPEN_PATHS = frozenset({"/health", "/ping"})
+OPEN_PATHS = frozenset({"/health", "/ping", *PAGE_FILES})
 
 
 def is_open(path: str) -> bool:

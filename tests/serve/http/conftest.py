@@ -11,6 +11,9 @@ import httpx
 import pytest
 import torch
 import uvicorn
+from starlette.applications import Starlette
+from starlette.routing import Mount
+from starlette.types import ASGIApp
 from torch import Tensor
 
 from ray_ds.chat.template import ChatTemplate
@@ -104,10 +107,27 @@ def url(service: CompletionService) -> Iterator[str]:
         yield url
 
 
+@pytest.fixture
+def both(service: CompletionService, teacher: TeacherEngine) -> Iterator[str]:
+    """The address of two models: at /a one that chats, at /b one that only goes on."""
+    card = dataclasses.replace(service.card, model_id="team/other", model_digest="other", digest="endpoint-other")
+    first = dataclasses.replace(service, engine=teacher, chat=Lines())
+    second = dataclasses.replace(service, engine=teacher, card=card)
+    with serving_app(Starlette(routes=[Mount("/a", build_app(first)), Mount("/b", build_app(second))])) as url:
+        yield url
+
+
 @contextlib.contextmanager
 def serving(service: CompletionService) -> Iterator[str]:
     """Give the address of a service while it is up."""
-    server = uvicorn.Server(uvicorn.Config(build_app(service), port=0, log_level="error", lifespan="off"))
+    with serving_app(build_app(service)) as url:
+        yield url
+
+
+@contextlib.contextmanager
+def serving_app(app: ASGIApp) -> Iterator[str]:
+    """Give the address of an application while it is up."""
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", lifespan="off"))
     thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started:

@@ -34,7 +34,7 @@ def complete(client: openai.OpenAI, **changes: object) -> openai.types.Completio
     return client.completions.create(**{"model": "team/tiny", "prompt": "Go", "max_tokens": 5, **changes})
 
 
-@pytest.mark.shows("Without a valid key nothing but /health and /ping answers")
+@pytest.mark.shows("Without a valid key nothing answers but /health, /ping and the page's files")
 def test_every_route_but_health_wants_a_key(url: str) -> None:
     for method, path in (("GET", "/v1/models"), ("POST", "/v1/completions"), ("GET", "/metrics"), ("GET", "/nothing")):
         for headers in ({}, {"Authorization": "Bearer wrong"}, {"api-key": "sk-test-0123456789"}):
