@@ -242,3 +242,65 @@ def test_a_chat_goes_on_and_keeps_its_key_in_the_tab_only(both: str, api_key: st
     assert second[3] == ["assistant", choice["message"]["content"]]
     assert dict(kept)["ray_ds.key"] == api_key
     assert served == "team/tiny, QuantizedModel fedcba9876543210"
+
+
+STAND_INS = """
+    const health = (digest) => ({ model: "m", model_digest: "m1", digest, has_chat_template: false });
+    const json = (value) => new Response(JSON.stringify(value));
+    const piece = new TextEncoder().encode(`data: {"choices": [{"text": "so far"}]}\\n\\n`);
+    const done = new TextEncoder().encode("data: [DONE]\\n\\n");
+"""
+
+
+def test_a_stopped_answer_keeps_what_was_written() -> None:
+    found = run_node(
+        STAND_INS
+        + """
+        globalThis.fetch = async (url, { signal }) => {
+          if (url.pathname === "/health") return json(health("e1"));
+          return new Response(new ReadableStream({
+            start(controller) {
+              controller.enqueue(piece);
+              signal.addEventListener("abort", () => controller.error(signal.reason));
+            },
+          }));
+        };
+        const own = openPage(page, inputs[0], "http://here/");
+        const written = () => own.byId("chat-log").children.map((line) => line.textContent);
+        own.type("chat-text", "Go");
+        own.fire("chat-form", "submit");
+        await own.until(() => written().at(-1) === "so far");
+        const whileBusy = [own.byId("chat-send").disabled, own.byId("chat-stop").disabled];
+        own.fire("chat-stop", "click");
+        await own.until(() => own.byId("chat-send").disabled === false);
+        return [whileBusy, written(), own.byId("error").textContent];
+        """,
+        str(FILES / "page.html"),
+    )
+    assert found == [[True, False], ["Go", "so far"], ""]
+
+
+def test_answers_that_cannot_be_compared_are_refused() -> None:
+    found = run_node(
+        STAND_INS
+        + """
+        const endpoints = ["/a", "/b"].map((path) => page.endpointAt(path, "", new URL("http://here/")));
+        const asking = async (answers) => {
+          let number = 0;
+          globalThis.fetch = async (url) => {
+            if (url.pathname.endsWith("health")) return json(answers(number++));
+            return new Response(new Blob(url.pathname.startsWith(broken) ? [piece] : [piece, done]));
+          };
+          return page.ask("p", endpoints, {}).then(() => "taken", (error) => error.message);
+        };
+        let broken = "nowhere";
+        const results = [await asking(() => health("e1")), await asking((number) => health(`e${number}`))];
+        broken = "/b";
+        return [...results, await asking(() => health("e1"))];
+        """
+    )
+    assert found == [
+        "both paths serve the same model; name the path of another",
+        "a model was replaced while it answered; ask again",
+        "the answer broke off; ask again",
+    ]
