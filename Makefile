@@ -31,7 +31,7 @@ demo: up  ## raw text to a served INT8 model: runs the recipe as Ray jobs on a l
 demo-elastic: up  ## train while nodes are killed, join and drain, and once undisturbed; compare the loss curves
 	@source $(RAY_DS_CLUSTER_DIR)/env && python -m jobs.bench.demo_elastic
 
-test: setup  ## run all tests (needs redis-server, prometheus, iproute2: .ci/install-tools)
+test: setup  ## run all tests (needs redis-server, prometheus, nodejs, iproute2: .ci/install-tools)
 	python -m pytest
 
 soak: setup  ## run the long kill-and-resume tests
