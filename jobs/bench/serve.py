@@ -34,6 +34,7 @@ from ray_ds.config.model import ModelConfig
 from ray_ds.config.model_size import num_active_parameters, num_parameters
 
 PARTS = ("engine", "front")
+HAPROXY_VARIABLE = "RAY_SERVE_ENABLE_HA_PROXY"
 
 
 def main() -> None:
@@ -45,7 +46,9 @@ def main() -> None:
             rows += measure_model(name, Path(folder), options)
     figures: dict[str, Any] = {"engine": [row for row in rows if row["system"] == "ours"]}
     if "front" in options.parts:
-        from jobs.bench.serving.front import measure_front  # the other part needs no Ray
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # both are read when ray is imported
+        os.environ[HAPROXY_VARIABLE] = str(int(options.ingress == "haproxy"))
+        from jobs.bench.serving.front import measure_front
 
         figures["front"] = measure_front(options.ingress, requests=options.requests, seconds=options.seconds)
         print(json.dumps(figures["front"], indent=4), flush=True)

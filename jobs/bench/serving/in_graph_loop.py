@@ -1,5 +1,6 @@
 """A bare loop on a GPU: transformers' model in INT8 by torchao, its decode step compiled into a CUDA graph."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,11 +17,12 @@ def load(work: Work) -> Generate:
 
     model = load_model(work)
     quantize_(model, Int8DynamicActivationInt8WeightConfig())
-    return generate_with(model, work)
+    answer = loop_with(model, work)
+    return lambda prompts, num_tokens: [len(tokens) for tokens in answer(prompts, num_tokens)]
 
 
-def generate_with(model: Any, work: Work) -> Generate:
-    """Return a loop around one compiled step for each batch size, with a cache of fixed places."""
+def loop_with(model: Any, work: Work) -> Callable[[Prompts, int], list[list[int]]]:
+    """Return a loop around one compiled step for each batch size, with a cache of fixed places; it gives tokens."""
     caches: dict[int, StaticCache] = {}
 
     def step(tokens: Tensor, positions: Tensor, cache: StaticCache) -> Tensor:
@@ -30,19 +32,20 @@ def generate_with(model: Any, work: Work) -> Generate:
     decode = torch.compile(step, mode="reduce-overhead")
 
     @torch.inference_mode()
-    def generate(prompts: Prompts, num_tokens: int) -> list[int]:
+    def answer(prompts: Prompts, num_tokens: int) -> list[list[int]]:
         tokens = torch.tensor(prompts, device=work.device)  # (B, T)
         cache = caches.setdefault(len(prompts), StaticCache(config=model.config, max_cache_len=work.max_len))
         cache.reset()
         last = step(tokens, torch.arange(work.prompt_tokens, device=work.device)[None], cache)
-        answer = [last]
+        found = [last]
         for place in range(work.prompt_tokens, work.prompt_tokens + num_tokens - 1):
             torch.compiler.cudagraph_mark_step_begin()
             last = decode(last, torch.tensor([[place]], device=work.device), cache).clone()
-            answer.append(last)
-        return [len(row) for row in torch.cat(answer, dim=1).tolist()]
+            found.append(last)
+        rows: list[list[int]] = torch.cat(found, dim=1).tolist()
+        return rows
 
-    return generate
+    return answer
 
 
 if __name__ == "__main__":
