@@ -90,15 +90,16 @@ def measure_model(name: str, folder: Path, options: argparse.Namespace) -> list[
     config = MODELS[name]
     folders = write_model(config, folder)
     work = make_work(config, options)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for system in all_systems({"llama_cpp": options.llama_cpp_python, "vllm": options.vllm_python}):
         about = {"model": name, "system": system.name, "weights": system.weights, "exactness": system.exactness}
         reason = reason_not_to_run(system, config, options.device)
-        found = {"not_run": reason} if reason else run_system(system, folders, work)
+        found: dict[str, Any] = {"not_run": reason} if reason else run_system(system, folders, work)
         if system.name == "ours" and "failed" in found:
             raise SystemExit(f"our engine gave no figures:\n{found['failed']}")
         shared = {key: value for key, value in found.items() if key != "rows"}
-        for row in found.get("rows", [{}]):
+        measured: list[dict[str, Any]] = found.get("rows", [{}])
+        for row in measured:
             rows.append({**about, **shared, **row})
             print(format_row(rows[-1]), flush=True)
     return rows

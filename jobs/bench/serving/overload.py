@@ -38,6 +38,7 @@ async def measure_overload(
     return {
         "target_ttft_s": target_ttft_s,
         "peak_per_s": peak_per_s,
+        "refused_at_peak": sum(reply.is_refused for reply in before),
         "offered_per_s": offered_per_s,
         "goodput_per_s": goodput_per_s,
         "goodput_of_peak": goodput_per_s / peak_per_s if peak_per_s else None,

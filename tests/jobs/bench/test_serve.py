@@ -116,6 +116,7 @@ def test_a_system_runs_as_a_program_and_one_that_cannot_says_why(folders: dict[s
     assert found["weights_bytes"] == weights.stat().st_size
     broken = replace(ours, module="in_llama_cpp")
     assert "No module named 'llama_cpp'" in run_system(broken, folders["tiny_dense"], asked)["failed"]
+    assert run_system(ours, folders["tiny_dense"], asked, timeout_s=0.1) == {"failed": "no figures within 0.1 s"}
 
 
 def run_main(monkeypatch: pytest.MonkeyPatch, words: list[str], failing: str) -> None:
@@ -255,6 +256,7 @@ def test_first_tokens_are_timed_through_http_and_without(question: Question, eng
 def test_overload_is_answered_or_refused(question: Question) -> None:
     found = asyncio.run(measure_overload(question, num_places=2, num_queued=2, seconds=1.0, target_ttft_s=30.0))
     assert found["offered_per_s"] == pytest.approx(5 * found["peak_per_s"])  # everything was in time
+    assert found["refused_at_peak"] == 0, "as many clients as there is room for"
     assert found["answered"] > 0 and found["refused"] > 0 and found["broken"] == 0
     assert 0 < found["refusal_p50_ms"] <= found["refusal_p99_ms"]
     assert found["goodput_of_peak"] == pytest.approx(found["goodput_per_s"] / found["peak_per_s"])
