@@ -126,10 +126,10 @@ def format_row(row: Mapping[str, Any]) -> str:
     for key in ("not_run", "failed"):
         if key in row:
             return f"{name} {key.replace('_', ' ')}: {row[key]}"
-    decode = "" if row["decode_tokens_per_s"] is None else f"{row['decode_tokens_per_s']:10,.1f} decoded"
+    decode = "too fast to tell" if row["decode_tokens_per_s"] is None else f"{row['decode_tokens_per_s']:,.1f}"
     return (
         f"{name} at {row['concurrency']:3}: {row['output_tokens_per_s']:10,.1f} tokens/s "
-        f"({row['prefill_tokens_per_s']:,.0f} read, {decode.strip()}), {row['rss_bytes'] / 1e9:.2f} GB resident"
+        f"({row['prefill_tokens_per_s']:,.0f} read, {decode} decoded), {row['rss_bytes'] / 1e9:.2f} GB resident"
     )
 
 

@@ -99,25 +99,25 @@ def run_system(system: System, folders: ModelFolders, work: Work, timeout_s: flo
     """Return a system's figures, or as `failed` the end of its output where it gave none."""
     work = replace(work, folder=str(getattr(folders, system.folder)), exactness=system.exactness or work.exactness)
     program = [str(system.python), "-m", f"jobs.bench.serving.{system.module}", work.to_json()]
-    environment = _environment(work)
+    environment = _environment(system, work)
     try:
-        done = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=timeout_s, cwd=ROOT)
+        done = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=timeout_s)
     except subprocess.TimeoutExpired:
         return {"failed": f"no figures within {timeout_s:g} s"}
     results = [line for line in done.stdout.splitlines() if line.startswith(RESULT)]
-    if done.returncode or not results:
+    if not results:
         output = (done.stdout + done.stderr).splitlines()
         return {"failed": "\n".join([f"exit {done.returncode}", *output[-ERROR_LINES:]])}
     figures: dict[str, Any] = json.loads(results[-1].removeprefix(RESULT))
     return {**figures, "weights_bytes": sum(file.stat().st_size for file in Path(work.folder).glob(system.files))}
 
 
-def _environment(work: Work) -> dict[str, str]:
-    """Return what makes every library compute with the same threads."""
+def _environment(system: System, work: Work) -> dict[str, str]:
+    """Return what makes every library compute with the same threads, and no interpreter read another one's packages."""
     cpus = sorted(os.sched_getaffinity(0))[: work.threads]
     return {
         **os.environ,
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": str(ROOT) if system.option else os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
         "OMP_NUM_THREADS": str(work.threads),
         "HF_HUB_OFFLINE": "1",
         "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cpus)),
