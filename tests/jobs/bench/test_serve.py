@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -197,7 +198,6 @@ def test_every_weight_has_a_name_of_llama_cpp_and_its_own_values(folders: dict[s
 
 
 def test_the_gguf_file_holds_the_model(folders: dict[str, ModelFolders], tmp_path: Path) -> None:
-    gguf = pytest.importorskip("gguf")
     write_gguf(folders["tiny_dense"].floats, tmp_path / "model.gguf")
     reader = gguf.GGUFReader(tmp_path / "model.gguf")
     assert reader.fields["llama.attention.head_count_kv"].contents() == 2
@@ -211,7 +211,6 @@ def test_the_gguf_file_holds_the_model(folders: dict[str, ModelFolders], tmp_pat
 
 
 def test_a_model_with_experts_is_not_written_as_gguf(folders: dict[str, ModelFolders], tmp_path: Path) -> None:
-    pytest.importorskip("gguf")
     with pytest.raises(ValueError, match=r"model_type \(deepseek_v3\) must be llama; use a dense model"):
         write_gguf(folders["tiny_deepseek"].floats, tmp_path / "model.gguf")
 
