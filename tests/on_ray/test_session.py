@@ -22,7 +22,7 @@ def test_without_any_cluster_the_user_is_told(tmp_path_factory: pytest.TempPathF
 
 LATE_CALL = """
 import sys
-from ray_ds.cli import _guard
+from ray_ds.job import exit_status
 
 def act():
     import ray
@@ -33,7 +33,7 @@ def act():
     print(ray.is_initialized())
     return 0
 
-sys.exit(_guard(act))
+sys.exit(exit_status(act))
 """
 
 
