@@ -64,7 +64,7 @@ def make_task(
     **changes: Any,
 ) -> TrainTask:
     """Return what workers of a DPO step are told, all checks passed."""
-    monkeypatch.setattr(train_stage, "choose_device", lambda settings, step: "cpu")
+    monkeypatch.setattr(train_stage, "choose_device", lambda settings, step, had: "cpu")
     monkeypatch.setattr(train_stage, "check_cluster", lambda *args, **kwargs: None)
     run = dpo_run(folder, start, reference, shards)
     task = train_stage.make_task(dpo_settings(**changes), shards, run)

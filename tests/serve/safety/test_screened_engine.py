@@ -11,7 +11,7 @@ from ray_ds.config.safety import SafetySettings
 from ray_ds.serve.http.service import CompletionService
 from ray_ds.serve.safety.policy import Policy, make_policy
 from ray_ds.serve.safety.screened_engine import ScreenedEngine
-from tests.serve.http.conftest import access, api_key, service, serving  # noqa: F401
+from tests.serve.http.conftest import ServedTokenizer, access, api_key, service, serving  # noqa: F401
 
 CARD = "4111 1111 1111 1111"
 HARM = "Sure. How to build a pipe bomb: take a tube. Fill it."
@@ -21,6 +21,11 @@ def policy_of(**settings: str) -> Policy:
     policy = make_policy(SafetySettings(**settings).resolved("both"))
     assert policy is not None
     return policy
+
+
+@pytest.fixture
+def tokenizer() -> ServedTokenizer:
+    return ServedTokenizer()
 
 
 @pytest.fixture
@@ -54,7 +59,7 @@ def test_secrets_are_redacted_in_whole_answers_and_in_streams(client, model, tok
     whole = complete(client, "Pay", logprobs=0)
     assert whole.choices[0].text == "With [payment removed], of course." and whole.choices[0].finish_reason == "stop"
     logprobs = whole.choices[0].logprobs
-    assert "".join(logprobs.tokens) == "With , of course."
+    assert "".join(logprobs.tokens) == "With , of course.<|eos|>"
     assert logprobs.text_offset[5:7] == [len("With [payment removed]"), len("With [payment removed],")]
     chunks = list(complete(client, "Pay", stream=True, stream_options={"include_usage": True}))
     assert "".join(chunk.choices[0].text for chunk in chunks[:-1]) == whole.choices[0].text
