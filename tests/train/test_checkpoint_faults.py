@@ -246,8 +246,8 @@ def try_to_write(writers: list[CheckpointWriter], step: int, *, timeout_s: float
             writer.wait(30)
         except ArtifactError as error:
             assert "must be written; make room or mend the storage" in str(error), error
-        except RetryableError as error:  # of a rank that nobody could tell why
-            assert "missing after" in str(error), error
+        except RetryableError as error:  # the store did not answer, or nobody could tell this rank why another failed
+            assert "must be written; submit again to go on" in str(error) or "missing after" in str(error), error
         said.append(writer.state == "idle")
     return said
 
