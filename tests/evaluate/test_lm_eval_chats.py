@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from ray_ds.chat.encoding import ChatEncoder
 from ray_ds.chat.template import DEFAULT_TEMPLATE, ROLE_TEMPLATE, ChatTemplate
@@ -14,11 +13,11 @@ from ray_ds.errors import ConfigError, InputError
 from ray_ds.evaluate.lm_eval_chats import LmEvalChats
 from ray_ds.evaluate.lm_eval_model import as_lm_eval_model
 from ray_ds.evaluate.lm_eval_tasks import run_harness
-from ray_ds.model.checkpoint_folder import save_checkpoint_folder
 from tests.chat.test_encoding import CHATML
+from tests.evaluate.harness_model import harness_model
 from tests.evaluate.lm_eval_sets import CHOICE, WRITTEN, write_sets
 from tests.evaluate.test_lm_eval_model import answers
-from tests.evaluate.tiny_tasks import MAX_LEN, tiny_config, tiny_decoder, tiny_tokenizer
+from tests.evaluate.tiny_tasks import tiny_tokenizer
 
 MESSAGES = [
     {"role": "system", "content": "Be short."},
@@ -36,20 +35,7 @@ def encoder(template: str) -> ChatEncoder:
 
 @pytest.fixture(scope="module")
 def hf_model(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The harness's own adapter to transformers, with the weights of `answers`."""
-    from lm_eval.models.huggingface import HFLM
-    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
-
-    folder = tmp_path_factory.mktemp("hf")
-    tokenizer = tiny_tokenizer()
-    state, config = tiny_decoder(tokenizer).state_dict(), tiny_config(tokenizer.vocab_size)
-    save_checkpoint_folder(state, config, folder, dtype=torch.float32, max_shard_bytes=1 << 30, bos_token_id=0)
-    (folder / "tokenizer.json").write_text(tokenizer.to_json())
-    fast = PreTrainedTokenizerFast(
-        tokenizer_file=str(folder / "tokenizer.json"), bos_token="<|bos|>", eos_token="<|eos|>", pad_token="<|pad|>"
-    )
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    return HFLM(pretrained=model, tokenizer=fast, batch_size=1, max_length=MAX_LEN, device="cpu")
+    return harness_model(tmp_path_factory.mktemp("hf"))
 
 
 @pytest.mark.parametrize("template", TEMPLATES)

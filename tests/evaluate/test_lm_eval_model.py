@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from ray_ds.errors import ConfigError, InputError
 from ray_ds.evaluate.continuations import Key
 from ray_ds.evaluate.lm_eval_model import LmEvalAnswers, as_lm_eval_model, check_lm_eval
 from ray_ds.evaluate.tasks import Batch, Result, run_batch
-from ray_ds.model.checkpoint_folder import save_checkpoint_folder
-from tests.evaluate.tiny_tasks import MAX_LEN, tiny_config, tiny_decoder, tiny_tokenizer, write_jsonl
+from tests.evaluate.harness_model import harness_model
+from tests.evaluate.tiny_tasks import MAX_LEN, tiny_decoder, tiny_tokenizer, write_jsonl
 
 LONG = "Question: what is the colour of the sky? Answer: blue. " * 40
 CONTEXTS = ["Question: the sky? Answer:", "", "blue sky ", "blue sky \n", "the colour of"]
@@ -33,24 +32,7 @@ def answers(micro_batch: int = 4) -> LmEvalAnswers:
 
 @pytest.fixture(scope="module")
 def hf_model(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The harness's own adapter to transformers, with the same weights."""
-    from lm_eval.models.huggingface import HFLM
-    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
-
-    folder = tmp_path_factory.mktemp("hf")
-    tokenizer = tiny_tokenizer()
-    state, config = tiny_decoder(tokenizer).state_dict(), tiny_config(tokenizer.vocab_size)
-    save_checkpoint_folder(state, config, folder, dtype=torch.float32, max_shard_bytes=1 << 30, bos_token_id=0)
-    (folder / "tokenizer.json").write_text(tokenizer.to_json())
-    fast = PreTrainedTokenizerFast(
-        tokenizer_file=str(folder / "tokenizer.json"), bos_token="<|bos|>", eos_token="<|eos|>", pad_token="<|pad|>"
-    )
-    # The tokenizer itself puts no BOS in front of a text.
-    from tokenizers.processors import TemplateProcessing
-
-    fast.backend_tokenizer.post_processor = TemplateProcessing(single="<|bos|> $A", special_tokens=[("<|bos|>", 0)])
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    return HFLM(pretrained=model, tokenizer=fast, batch_size=1, max_length=MAX_LEN, add_bos_token=True, device="cpu")
+    return harness_model(tmp_path_factory.mktemp("hf"), starts_with_bos=True)
 
 
 def requests(kind: str, arguments: list[tuple[Any, ...]]) -> list[Any]:
